@@ -1,0 +1,1 @@
+"""Fine-tune Qwen3-VL on the GPU you have."""

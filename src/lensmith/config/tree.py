@@ -1,0 +1,165 @@
+"""The whole config tree: every setting, its default and what it means, in one place.
+
+Read by people as docs/config.md (generated from here), by `read_config` as the validator. No torch in here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+State = Literal["frozen", "adapted", "trained"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class Columns(Section):
+    """Which columns of a table hold what. Null: guessed from the names, and said."""
+
+    image: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    system: str | None = None
+
+
+class Images(Section):
+    """How many language tokens an image may cost. One token is 32 x 32 pixels."""
+
+    min_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Smaller pictures are enlarged to this. Null: the checkpoint's own minimum."""
+    max_tokens: Annotated[int, Field(ge=1)] = 1280
+    """Larger pictures are reduced to this, keeping their shape; the run says how many and by how much."""
+
+
+class Source(Section):
+    """One of several data files, with its share of the samples."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row of this file is seen per epoch: 2 repeats it, 0.5 uses a seeded half."""
+
+
+class Data(Section):
+    train: str | list[Source] | None = None
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder with images beside one such file, or a data set name."""
+    test: str | Share | None = None
+    """A file like `train`, or a share of it held out by image. Null: nothing is held out."""
+    image_root: Path | None = None
+    """Folder that relative image paths start from. Null: the folder of the data file."""
+    columns: Columns = Columns()
+    image: Images = Images()
+    on_long: Literal["error", "shrink", "drop"] = "shrink"
+    """A row over the token budget: stop, give its images fewer tokens, or leave it out. Text is never cut."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read: stop and list all such rows, or leave them out and say so."""
+    allow_urls: bool = False
+    """Whether images may be fetched over http(s)."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that read and prepare data. Null: chosen from the cores; 0: in the training process."""
+
+
+class Tune(Section):
+    method: Literal["lora", "qlora", "full"] = "lora"
+    language: State = "adapted"
+    """The decoder: frozen, adapted (LoRA) or trained (its own weights)."""
+    attention: bool = True
+    """Whether `language` covers the q, k, v and o projections."""
+    mlp: bool = True
+    """Whether `language` covers the gate, up and down projections."""
+    vision: State = "frozen"
+    merger: State = "frozen"
+    """The projector from tower to decoder, with the deepstack mergers."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """LoRA scale is alpha / rank (alpha / sqrt(rank) with rslora). Null: 2 x rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Adapter dropout. Above 0 it turns prefix sharing off, because branches would need masks of their own."""
+    rslora: bool = False
+    dora: bool = False
+    quantise_vision: bool = False
+    """With qlora, whether the tower and mergers are stored in 4 bits too. They are small and lose the most."""
+    start_from: str | None = None
+    """An adapter folder or run to go on from."""
+
+
+class Packing(Section):
+    tokens: Annotated[int, Field(ge=32)] | None = None
+    """Tokens in one forward pass. Null: 8192 on a GPU, 2048 on a CPU."""
+    share_prefix: bool = True
+    """Whether questions about one image share its tokens: same loss and gradients, less work."""
+    check_packs: Annotated[int, Field(ge=0)] = 2
+    """How many packs are replayed one sample at a time before training; a difference stops the run."""
+
+
+class Optim(Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] | None = None
+    """Null: adamw_8bit on a GPU with a real model, adamw otherwise."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Null: 2e-4 for lora and qlora, 1e-5 for full; docs/training.md says why."""
+    vision_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Null: a tenth of learning_rate."""
+    merger_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Null: learning_rate."""
+    epochs: Annotated[float, Field(gt=0)] = 3
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; overrides epochs."""
+    effective_samples: Annotated[int, Field(ge=1)] = 16
+    """Samples per optimizer step, over all packs and processes."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Null: no clipping."""
+
+
+class Memory(Section):
+    recompute: Literal["none", "layers"] = "layers"
+    """`layers` keeps only each layer's input and computes it again in the backward pass: less memory, a third more work."""
+
+
+class Eval(Section):
+    metric: Literal["auto", "exact", "normalised"] = "auto"
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Answers the held-out questions every so many steps. Null: only before and after."""
+    samples: Annotated[int, Field(ge=1)] | None = 500
+    """At most this many held-out samples, drawn by the seed. Null: all."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    batch: Annotated[int, Field(ge=1)] = 32
+
+
+class Log(Section):
+    every_steps: Annotated[int, Field(ge=1)] = 1
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+
+
+class Save(Section):
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Null: at the end of each epoch."""
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class RunConfig(Section):
+    """One fine-tuning run."""
+
+    model: str = "lensmith/tiny"
+    """A name such as Qwen/Qwen3-VL-8B-Instruct, a local folder, or the embedded lensmith/tiny."""
+    task: Literal["sft"] = "sft"
+    data: Data = Data()
+    tune: Tune = Tune()
+    pack: Packing = Packing()
+    optim: Optim = Optim()
+    memory: Memory = Memory()
+    eval: Eval = Eval()
+    log: Log = Log()
+    save: Save = Save()
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the GPU has it, fp16 with a loss scaler on older ones, fp32 on a CPU."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    run: Path = Path("runs/sft")
+    """The folder for everything this run leaves behind; an existing one is resumed."""
