@@ -1,0 +1,140 @@
+"""Several samples in one row: no padding, and one copy of an image however many questions are asked about it.
+
+    samples     [image A · q1 a1]  [image A · q2 a2]  [q3 a3]
+    pack        image A | q1 a1 | q2 a2 | q3 a3
+    segments    prefix    branch  branch  alone
+
+A branch reads its prefix and itself; positions restart with each sample and go on from the prefix in each branch. That
+makes loss and gradients those of the samples one by one (tests/reference/test_pack.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lensmith.data.images import grid_of, read_patches
+from lensmith.data.positions import mrope_positions
+from lensmith.types import Encoded, ImageSize, Pack, Segment, VisionGeometry
+
+PixelReader = Callable[[ImageSize, VisionGeometry], Float[Tensor, "patches values"]]
+
+
+def pack_samples(
+    samples: Sequence[Encoded],
+    geometry: VisionGeometry,
+    *,
+    image_token_id: int,
+    share_prefix: bool = True,
+    read: PixelReader = read_patches,
+) -> Pack:
+    """Lay samples end to end in the order of their first image's first appearance; reads the pixels."""
+    parts = _Parts(geometry, image_token_id)
+    for members in _groups(samples, share_prefix):
+        first = samples[members[0]]
+        prefix = None
+        if len(members) > 1:
+            prefix = parts.add(first, slice(0, first.prefix_tokens), None)
+        for member in members:
+            start = 0 if prefix is None else samples[member].prefix_tokens
+            parts.add(samples[member], slice(start, None), prefix)
+        parts.images.extend(first.images)
+    pixels = [read(image, geometry) for image in parts.images]
+    return Pack(
+        input_ids=torch.from_numpy(np.concatenate(parts.input_ids)),
+        labels=torch.from_numpy(np.concatenate(parts.labels)),
+        positions=torch.from_numpy(np.concatenate(parts.positions, axis=1)),
+        segments=tuple(parts.segments),
+        pixels=torch.cat(pixels) if pixels else torch.empty(0, geometry.patch_values),
+        grids=torch.tensor([grid_of(image, geometry) for image in parts.images], dtype=torch.int64).reshape(-1, 3),
+        wheres=tuple(samples[member].where for members in _groups(samples, share_prefix) for member in members),
+    )
+
+
+class _Parts:
+    """The growing row."""
+
+    def __init__(self, geometry: VisionGeometry, image_token_id: int) -> None:
+        self.geometry, self.image_token_id = geometry, image_token_id
+        self.input_ids: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[Segment] = []
+        self.images: list[ImageSize] = []
+
+    def add(self, sample: Encoded, tokens: slice, parent: int | None) -> int:
+        """Append those tokens of the sample as one segment; returns its index."""
+        start = self.segments[-1].stop if self.segments else 0
+        ids = sample.input_ids[tokens].astype(np.int64)
+        self.input_ids.append(ids)
+        self.labels.append(sample.labels[tokens].astype(np.int64))
+        self.positions.append(self._positions(sample)[:, tokens])
+        self.segments.append(Segment(start, len(ids), parent))
+        return len(self.segments) - 1
+
+    def _positions(self, sample: Encoded) -> Int[np.ndarray, "4 tokens"]:
+        grids = [grid_of(image, self.geometry) for image in sample.images]
+        return mrope_positions(
+            sample.input_ids, grids, image_token_id=self.image_token_id, merge=self.geometry.merge
+        ).astype(np.int64)
+
+
+def _groups(samples: Sequence[Encoded], share_prefix: bool) -> list[list[int]]:
+    """Sample numbers that share a prefix, in order of first appearance; every other sample alone."""
+    groups: dict[object, list[int]] = {}
+    for number, sample in enumerate(samples):
+        key = sample.prefix_key if share_prefix else None
+        groups.setdefault(("alone", number) if key is None else key, []).append(number)
+    return list(groups.values())
+
+
+def plan_packs(
+    tokens: Int[np.ndarray, " samples"],
+    prefix_tokens: Int[np.ndarray, " samples"],
+    groups: Int[np.ndarray, " samples"],
+    *,
+    budget_tokens: int,
+    share_prefix: bool = True,
+) -> list[Int[np.ndarray, " members"]]:
+    """Which samples go together into packs of at most `budget_tokens`, by first fit, longest first.
+
+    Samples of one group count their prefix once. A group larger than the budget is cut, its prefix counted again in each
+    piece. A single sample over the budget gets a pack of its own: the scan has already dealt with such rows.
+    """
+    pieces: list[tuple[int, list[int]]] = []
+    for members in _group_members(groups, prefix_tokens, share_prefix):
+        prefix = int(prefix_tokens[members[0]]) if len(members) > 1 else 0
+        size, piece = prefix, []
+        for member in members:
+            own = int(tokens[member]) - prefix
+            if piece and size + own > budget_tokens:
+                pieces.append((size, piece))
+                size, piece = prefix, []
+            size, piece = size + own, [*piece, member]
+        pieces.append((size, piece))
+    return _first_fit(pieces, budget_tokens)
+
+
+def _group_members(groups: np.ndarray, prefix_tokens: np.ndarray, share_prefix: bool) -> list[list[int]]:
+    members: dict[object, list[int]] = {}
+    for number, (group, prefix) in enumerate(zip(groups.tolist(), prefix_tokens.tolist(), strict=True)):
+        members.setdefault(group if prefix and share_prefix else ("alone", number), []).append(number)
+    return list(members.values())
+
+
+def _first_fit(pieces: list[tuple[int, list[int]]], budget_tokens: int) -> list[Int[np.ndarray, " members"]]:
+    room: list[int] = []
+    packs: list[list[int]] = []
+    for size, piece in sorted(pieces, key=lambda item: -item[0]):
+        slot = next((n for n, free in enumerate(room) if size <= free), None)
+        if slot is None:
+            slot = len(packs)
+            packs.append([])
+            room.append(budget_tokens)
+        packs[slot].extend(piece)
+        room[slot] -= size
+    return [np.array(pack) for pack in packs]

@@ -1,0 +1,226 @@
+"""Attention over a pack: every query run reads its ancestors and itself, nothing else.
+
+A pack is cut into *runs*: consecutive queries with one key range (the prefix they share, if any, and their own segment
+up to the last of them). Two forms compute the same numbers:
+
+* `varlen`: one call of torch's variable-length flash kernel over concatenated keys; 16-bit types on Ampere or newer.
+* `padded`: runs of similar length are stacked and go through scaled_dot_product_attention; any device, any precision.
+
+Merging two attention parts by autograd through (out, lse) would give right losses and wrong gradients, because flash
+kernels drop the gradient of the lse; concatenating keys needs no merge at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lensmith.types import Segment
+
+BUCKET_GROWTH = 1.25
+"""Runs share a padded bucket while the longest is at most this many times the shortest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Queries `first .. first + length - 1` of the query tensor and the rows of the key tensor that they read."""
+
+    length: int
+    keys: tuple[tuple[int, int], ...]
+    """Half-open row ranges, ancestors first; the queries are aligned with the end of the last range."""
+
+    @property
+    def num_keys(self) -> int:
+        return sum(stop - start for start, stop in self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Runs of similar length, stacked for the padded form."""
+
+    queries: Int[Tensor, "runs longest_q"]
+    keys: Int[Tensor, "runs longest_k"]
+    mask: Bool[Tensor, "runs 1 longest_q longest_k"] | None
+    """None where all runs are equally long and attend to everything."""
+    rows: Int[Tensor, " queries"]
+    """Where in the flattened output of this bucket its real queries stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which keys each query reads, as the index tensors that the attention forms need, on the device of the pack."""
+
+    causal: bool
+    cu_queries: Int[Tensor, " runs+1"] | None
+    cu_keys: Int[Tensor, " runs+1"] | None
+    max_queries: int
+    max_keys: int
+    gather: Int[Tensor, " keys"] | None
+    """Rows of the key tensor in the order of the runs; None where that is the tensor as it stands."""
+    buckets: tuple[Bucket, ...]
+    order: Int[Tensor, " queries"] | None
+    """Puts the buckets' queries back into pack order."""
+
+
+def segment_runs(segments: Sequence[Segment]) -> list[Run]:
+    """One run per segment: all of its queries."""
+    return [Run(s.length, (*_ancestors(segments, s), (s.start, s.stop))) for s in segments]
+
+
+def kept_runs(segments: Sequence[Segment], kept: Int[np.ndarray, " kept"]) -> list[Run]:
+    """Runs of consecutive kept rows inside a segment, for a layer whose output is needed at `kept` only."""
+    runs: list[Run] = []
+    starts = np.array([s.start for s in segments])
+    breaks = np.flatnonzero(np.diff(kept) != 1) + 1
+    for piece in np.split(kept, breaks):
+        owner = np.searchsorted(starts, piece, side="right") - 1
+        for rows in np.split(piece, np.flatnonzero(np.diff(owner)) + 1):
+            if len(rows):
+                segment = segments[int(np.searchsorted(starts, rows[0], side="right")) - 1]
+                own = (segment.start, int(rows[-1]) + 1)
+                runs.append(Run(len(rows), (*_ancestors(segments, segment), own)))
+    return runs
+
+
+def _ancestors(segments: Sequence[Segment], segment: Segment) -> list[tuple[int, int]]:
+    ranges: list[tuple[int, int]] = []
+    while segment.parent is not None:
+        segment = segments[segment.parent]
+        ranges.insert(0, (segment.start, segment.stop))
+    return ranges
+
+
+def build_layout(
+    runs: Sequence[Run], *, num_keys: int, causal: bool, device: torch.device, dtype: torch.dtype
+) -> Layout:
+    """Index tensors for `runs`, in query order, over a key tensor of `num_keys` rows; on `device`, for the form it uses."""
+    key_rows = [np.concatenate([np.arange(*span) for span in run.keys]) for run in runs]
+    gather = np.concatenate(key_rows)
+    in_order = len(gather) == num_keys and bool((np.diff(gather) == 1).all())
+    lengths_q, lengths_k = np.array([run.length for run in runs]), np.array([len(rows) for rows in key_rows])
+    tensor = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+    if varlen_available(device, dtype):
+        cumulative = lambda lengths: tensor(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))  # noqa: E731
+        return Layout(
+            causal=causal,
+            cu_queries=cumulative(lengths_q),
+            cu_keys=cumulative(lengths_k),
+            max_queries=int(lengths_q.max()),
+            max_keys=int(lengths_k.max()),
+            gather=None if in_order else tensor(gather),
+            buckets=(),
+            order=None,
+        )
+    members = _buckets(lengths_q, lengths_k)
+    starts_q = np.concatenate([[0], np.cumsum(lengths_q)[:-1]])
+    order = np.concatenate([np.arange(starts_q[i], starts_q[i] + lengths_q[i]) for bucket in members for i in bucket])
+    return Layout(
+        causal=causal,
+        cu_queries=None,
+        cu_keys=None,
+        max_queries=int(lengths_q.max()),
+        max_keys=int(lengths_k.max()),
+        gather=None,
+        buckets=tuple(
+            _stack_bucket(
+                [runs[i].length for i in bucket], starts_q[bucket], [key_rows[i] for i in bucket], causal, tensor
+            )
+            for bucket in members
+        ),
+        order=tensor(np.argsort(order)) if (np.diff(order) != 1).any() else None,
+    )
+
+
+def _buckets(lengths_q: Int[np.ndarray, " runs"], lengths_k: Int[np.ndarray, " runs"]) -> list[np.ndarray]:
+    """Run numbers grouped so that padding stays under BUCKET_GROWTH per side (a few tokens are always allowed)."""
+    level = lambda lengths: np.ceil(np.log(np.maximum(lengths, 8)) / np.log(BUCKET_GROWTH)).astype(int)  # noqa: E731
+    keys = level(lengths_q) * 1000 + level(lengths_k)
+    return [np.flatnonzero(keys == key) for key in np.unique(keys)]
+
+
+def _stack_bucket(lengths, starts, key_rows, causal, tensor) -> Bucket:
+    longest_q, longest_k = max(lengths), max(map(len, key_rows))
+    # Padding repeats row 0 and is masked (keys) or dropped (queries).
+    queries = np.zeros((len(lengths), longest_q), dtype=np.int64)
+    keys = np.zeros((len(lengths), longest_k), dtype=np.int64)
+    mask = np.zeros((len(lengths), 1, longest_q, longest_k), dtype=bool)
+    i, j = np.arange(longest_q)[:, None], np.arange(longest_k)[None]
+    for n, (length, start, rows) in enumerate(zip(lengths, starts, key_rows, strict=True)):
+        queries[n, :length] = np.arange(start, start + length)
+        keys[n, : len(rows)] = rows
+        # Bottom-right causal: the last query sees every key. A padded query row would see nothing and turn into NaN,
+        # so it sees key 0; its output is dropped.
+        mask[n, 0] = (j < len(rows)) & (j - i <= len(rows) - length) if causal else j < len(rows)
+        mask[n, 0, length:, 0] = True
+    rows = np.flatnonzero((np.arange(longest_q)[None] < np.array(lengths)[:, None]).ravel())
+    return Bucket(tensor(queries), tensor(keys), None if mask.all() else tensor(mask), tensor(rows))
+
+
+def attend(
+    query: Float[Tensor, "queries heads width"],
+    key: Float[Tensor, "keys kv_heads width"],
+    value: Float[Tensor, "keys kv_heads width"],
+    layout: Layout,
+    scale: float,
+) -> Float[Tensor, "queries heads width"]:
+    """Attention of every run over its own keys. Gradients reach query, key and value in both forms."""
+    if layout.cu_queries is None:
+        return _attend_padded(query, key, value, layout, scale)
+    if layout.gather is not None:
+        key, value = key[layout.gather], value[layout.gather]
+    return _attend_varlen(query, key, value, layout, scale)
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        query,
+        key,
+        value,
+        layout.cu_queries,
+        layout.cu_keys,
+        layout.max_queries,
+        layout.max_keys,
+        scale=scale,
+        window_size=(-1, 0) if layout.causal else (-1, -1),
+        **_grouped_heads_flag(),
+    )  # type: ignore[return-value]
+
+
+@cache
+def _grouped_heads_flag() -> dict[str, bool]:
+    """torch 2.11 takes grouped key heads as they come; later releases want to be told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for bucket in layout.buckets:
+        stack = lambda rows, index: rows[index].transpose(1, 2)  # noqa: E731  -> [runs, heads, length, width]
+        k, v = stack(key, bucket.keys), stack(value, bucket.keys)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        out = F.scaled_dot_product_attention(stack(query, bucket.queries), k, v, attn_mask=bucket.mask, scale=scale)
+        outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:])[bucket.rows])
+    stacked = torch.cat(outputs)
+    return stacked if layout.order is None else stacked[layout.order]
+
+
+@cache
+def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length flash kernel runs here: 16-bit types on compute capability 8.0 or newer."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,142 @@
+"""Qwen3-VL over packs: transformers' own model with the same modules and weights, and one more way through them.
+
+`engine(pack=pack)` returns the log-probability of every learned token. The pack stays in host memory and the engine copies
+what it needs, so that nothing ever waits for the GPU to learn where things stand. Against the stock forward it leaves out what
+changes nothing: padding (packs have none), copies of a shared prefix, the head on rows that predict nothing learned, and
+the last layer's queries and MLP on those rows. Without a pack it is the stock forward, so generation, saving, PEFT and
+every other tool see an ordinary Qwen3VLForConditionalGeneration.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3VLForConditionalGeneration
+
+from lensmith.errors import ModelError
+from lensmith.model.attention import Layout, attend, build_layout, kept_runs, segment_runs
+from lensmith.model.head import token_logprobs
+from lensmith.model.kernels import rms_norm, rotate, swiglu
+from lensmith.model.vision import encode_images
+from lensmith.types import IGNORE, Pack, Segment
+
+Recompute = Literal["none", "layers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where things stand in one pack, as index tensors on its device: made once per forward pass, read by every layer."""
+
+    layout: Layout
+    """Attention of every row."""
+    last_layout: Layout
+    """Attention of the kept rows in the last layer."""
+    kept: Int[Tensor, " kept"]
+    """Rows whose last hidden state predicts something."""
+    predictors: Int[Tensor, " learned"]
+    """For each learned token the index into `kept` of the row that predicts it."""
+    targets: Int[Tensor, " learned"]
+    image_rows: Int[Tensor, " image_tokens"]
+
+
+class Engine(Qwen3VLForConditionalGeneration):
+    """Loads any Qwen3-VL checkpoint; modules and parameter names are transformers' own."""
+
+    recompute: Recompute = "none"
+    """`layers` keeps each layer's input only and runs the layer again in the backward pass."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        deepstack, layers = len(config.vision_config.deepstack_visual_indexes), config.text_config.num_hidden_layers
+        if deepstack >= layers:
+            raise ModelError(
+                f"config.json: {deepstack} deepstack levels for {layers} decoder layers; there must be at least one layer "
+                "more than levels, because the last layer runs on the learned rows only. Use a deeper model."
+            )
+
+    # generate() validates its keyword arguments against this signature.
+    @functools.wraps(Qwen3VLForConditionalGeneration.forward)
+    def forward(self, *args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
+        if pack is None:
+            return super().forward(*args, **kwargs)
+        return self.pack_logprobs(pack)
+
+    def pack_logprobs(self, pack: Pack) -> Float[Tensor, " learned"]:
+        """Log-probability of each learned token of the pack, in the order of the tokens; fp32 (float64 in float64)."""
+        decoder, device = self.model.language_model, self.lm_head.weight.device
+        route = self._route(pack)
+        hidden = decoder.embed_tokens(pack.input_ids.to(device, non_blocking=True))
+        deepstack: Sequence[Tensor] = ()
+        if len(pack.grids):
+            pixels = pack.pixels.to(device, non_blocking=True)
+            features = encode_images(self.model.visual, pixels, pack.grids, recompute=self.recompute == "layers")
+            hidden = hidden.index_copy(0, route.image_rows, features.tokens.to(hidden.dtype))
+            deepstack = features.deepstack
+        rope = tuple(part[0] for part in decoder.rotary_emb(hidden[None], pack.positions[1:, None].to(device)))
+        last = len(decoder.layers) - 1
+        for index, layer in enumerate(decoder.layers):
+            layout, kept = (route.last_layout, route.kept) if index == last else (route.layout, None)
+            if self.recompute == "layers" and torch.is_grad_enabled():
+                hidden = checkpoint(_run_layer, layer, hidden, rope, layout, kept, use_reentrant=False)
+            else:
+                hidden = _run_layer(layer, hidden, rope, layout, kept)
+            if index < len(deepstack):
+                hidden = hidden.index_add(0, route.image_rows, deepstack[index].to(hidden.dtype))
+        hidden = rms_norm(decoder.norm, hidden)[route.predictors]
+        return token_logprobs(hidden, self.lm_head.weight, route.targets)
+
+    def _route(self, pack: Pack) -> Route:
+        device, dtype = self.lm_head.weight.device, self.model.language_model.embed_tokens.weight.dtype
+        labels = pack.labels.numpy()
+        learned = np.flatnonzero(labels != IGNORE)
+        kept, predictors = np.unique(predecessors(pack.segments)[learned], return_inverse=True)
+        tensor = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+        build = functools.partial(build_layout, num_keys=pack.num_tokens, causal=True, device=device, dtype=dtype)
+        image_rows = np.flatnonzero(pack.input_ids.numpy() == self.config.image_token_id)
+        return Route(
+            layout=build(segment_runs(pack.segments)),
+            last_layout=build(kept_runs(pack.segments, kept)),
+            kept=tensor(kept),
+            predictors=tensor(predictors),
+            targets=tensor(labels[learned]),
+            image_rows=tensor(image_rows),
+        )
+
+
+def predecessors(segments: Sequence[Segment]) -> Int[np.ndarray, " tokens"]:
+    """For every row the row that predicts it: the one before it, or for a branch's first row its prefix's last one.
+
+    A segment without parent has nothing before its first row; that row's entry is -1 and must carry no label.
+    """
+    before = np.arange(-1, segments[-1].stop - 1)
+    for segment in segments:
+        before[segment.start] = -1 if segment.parent is None else segments[segment.parent].stop - 1
+    return before
+
+
+def _run_layer(
+    layer: Any,
+    hidden: Float[Tensor, "tokens width"],
+    rope: tuple[Tensor, Tensor],
+    layout: Layout,
+    kept: Int[Tensor, " kept"] | None,
+) -> Float[Tensor, "rows width"]:
+    """One decoder layer: keys and values of every row; queries, output and MLP of the `kept` rows (None: all)."""
+    attention = layer.self_attn
+    normed = rms_norm(layer.input_layernorm, hidden)
+    asking, residual = (normed, hidden) if kept is None else (normed[kept], hidden[kept])
+    heads = lambda rows: rows.view(len(rows), -1, attention.head_dim)  # noqa: E731
+    query = rms_norm(attention.q_norm, heads(attention.q_proj(asking)))
+    key = rms_norm(attention.k_norm, heads(attention.k_proj(normed)))
+    query, key = rotate(query, key, rope, kept)
+    mixed = attend(query, key, heads(attention.v_proj(normed)), layout, attention.scaling)
+    hidden = residual + attention.o_proj(mixed.reshape(len(mixed), -1))
+    return hidden + swiglu(layer.mlp, rms_norm(layer.post_attention_layernorm, hidden))
