@@ -1,0 +1,162 @@
+"""What single settings cannot know of each other: settings without effect, and settings that contradict.
+
+Each rule is a small generator over the config. A setting without effect is an error only where somebody wrote it;
+written by nobody, it is left out of `lensmith show` and of the resolved config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lensmith.config.schema import read_value
+from lensmith.config.tree import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A setting that does nothing, or cannot hold together with another one."""
+
+    path: str
+    why: str
+    """Goes on after the setting and its value, and ends with the way out."""
+
+
+Rule = Callable[[RunConfig], Iterator[Problem]]
+
+
+def settings_without_effect(config: RunConfig) -> dict[str, Problem]:
+    """Path -> why it does nothing in this config, whoever set it."""
+    problems = (problem for rule in WITHOUT_EFFECT for problem in rule(config))
+    # Saying of something that it is off, where it is off anyway, is true and no mistake.
+    return {problem.path: problem for problem in problems if read_value(config, problem.path) not in (None, False, 0)}
+
+
+def contradictions(config: RunConfig) -> list[Problem]:
+    """Settings that cannot hold together, whoever set them."""
+    return [problem for rule in CONTRADICTIONS for problem in rule(config)]
+
+
+def adapts(config: RunConfig) -> bool:
+    """Whether any component gets an adapter; with `full`, `adapted` is read as `trained`."""
+    tune = config.tune
+    return tune.method != "full" and "adapted" in (tune.language, tune.vision, tune.merger)
+
+
+def _adapter_settings_need_an_adapter(config: RunConfig) -> Iterator[Problem]:
+    if adapts(config):
+        return
+    if config.tune.method == "full":
+        why = "has no effect with tune.method=full, which trains the weights themselves. Remove it, or set tune.method=lora."
+    else:
+        why = "has no effect while no component is adapted. Remove it, or set tune.language=adapted."
+    for name in ("rank", "alpha", "dropout", "rslora", "dora"):
+        yield Problem(f"tune.{name}", why)
+
+
+def _projections_need_an_adapted_language(config: RunConfig) -> Iterator[Problem]:
+    if config.tune.method != "full" and config.tune.language == "adapted":
+        return
+    state = "trained with tune.method=full" if config.tune.method == "full" else config.tune.language
+    for name in ("attention", "mlp"):
+        yield Problem(
+            f"tune.{name}",
+            f"has no effect while the language model is {state}: it chooses where adapters go. "
+            "Remove it, or set tune.method=lora and tune.language=adapted.",
+        )
+
+
+def _quantised_vision_needs_qlora(config: RunConfig) -> Iterator[Problem]:
+    if config.tune.method != "qlora":
+        yield Problem(
+            "tune.quantise_vision",
+            f"has no effect with tune.method={config.tune.method}, which stores nothing in 4 bits. "
+            "Remove it, or set tune.method=qlora.",
+        )
+
+
+def _steps_replace_epochs(config: RunConfig) -> Iterator[Problem]:
+    if config.optim.steps is not None:
+        yield Problem(
+            "optim.epochs", f"has no effect beside optim.steps={config.optim.steps}, which decides. Remove one of them."
+        )
+
+
+def _rates_need_a_moving_part(config: RunConfig) -> Iterator[Problem]:
+    for name, state in (("vision", config.tune.vision), ("merger", config.tune.merger)):
+        if state == "frozen":
+            yield Problem(
+                f"optim.{name}_learning_rate",
+                f"has no effect while tune.{name}=frozen. Remove it, or set tune.{name}=adapted.",
+            )
+
+
+def _dropout_turns_sharing_off(config: RunConfig) -> Iterator[Problem]:
+    if adapts(config) and config.tune.dropout > 0:
+        yield Problem(
+            "pack.share_prefix",
+            f"has no effect with tune.dropout={config.tune.dropout:g}: branches of one prefix would need dropout masks "
+            "of their own, so nothing is shared. Remove it, or set tune.dropout=0.",
+        )
+
+
+def _rounds_of_questions_need_a_test_set(config: RunConfig) -> Iterator[Problem]:
+    if config.data.test is None:
+        yield Problem(
+            "eval.every_steps",
+            "has no effect without data.test: nothing is held out to ask. Remove it, or set data.test=0.05.",
+        )
+
+
+def _image_range_is_not_empty(config: RunConfig) -> Iterator[Problem]:
+    image = config.data.image
+    if image.min_tokens is not None and image.min_tokens > image.max_tokens:
+        yield Problem(
+            "data.image.min_tokens",
+            f"which is more than data.image.max_tokens={image.max_tokens}. Lower it, or raise data.image.max_tokens.",
+        )
+
+
+def _an_adapted_language_has_projections(config: RunConfig) -> Iterator[Problem]:
+    tune = config.tune
+    if tune.method != "full" and tune.language == "adapted" and not (tune.attention or tune.mlp):
+        yield Problem(
+            "tune.language",
+            "but tune.attention and tune.mlp are both false, so there is nowhere to put an adapter. "
+            "Set one of them to true, or tune.language=frozen.",
+        )
+
+
+def _something_is_trained(config: RunConfig) -> Iterator[Problem]:
+    tune = config.tune
+    if {tune.language, tune.vision, tune.merger} == {"frozen"}:
+        yield Problem(
+            "tune.language",
+            "and so are tune.vision and tune.merger: nothing would be trained. Set one of them to adapted or trained.",
+        )
+
+
+def _four_bit_weights_stay_put(config: RunConfig) -> Iterator[Problem]:
+    if config.tune.method == "qlora" and config.tune.language == "trained":
+        yield Problem(
+            "tune.language",
+            "but tune.method=qlora stores it in 4 bits, which no optimizer can move. "
+            "Set tune.language=adapted, or tune.method=lora.",
+        )
+
+
+WITHOUT_EFFECT: tuple[Rule, ...] = (
+    _adapter_settings_need_an_adapter,
+    _projections_need_an_adapted_language,
+    _quantised_vision_needs_qlora,
+    _steps_replace_epochs,
+    _rates_need_a_moving_part,
+    _dropout_turns_sharing_off,
+    _rounds_of_questions_need_a_test_set,
+)
+CONTRADICTIONS: tuple[Rule, ...] = (
+    _image_range_is_not_empty,
+    _an_adapted_language_has_projections,
+    _something_is_trained,
+    _four_bit_weights_stay_put,
+)
