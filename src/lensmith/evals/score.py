@@ -195,5 +195,6 @@ def guess_metric(references: Sequence[str]) -> tuple[Metric, str]:
             "few sentences match word by word, so read the kept predictions too"
         )
     return "normalised", (
-        f"metric normalised: short answers (half have {words:g} or fewer words), compared without case, punctuation and articles"
+        f"metric normalised: short answers (half have {words:g} or fewer words), compared without "
+        "case, punctuation and articles"
     )

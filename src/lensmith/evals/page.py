@@ -1,0 +1,190 @@
+"""The page that shows what a run changed: one HTML file with everything inside it, no scripts and nothing fetched.
+
+The layout is page.html beside this file; here are the pieces that go into it, each escaped where it is made. Right and
+wrong are told by a mark, a word for screen readers and a struck-through answer, never by colour alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from lensmith.evals.score import Comparison, Score
+
+THUMBNAIL_PX = 256
+"""Longest side of a picture on the page: enough for 88 CSS pixels on a dense screen."""
+SMOOTHING = 0.05
+"""Share of all steps that one point of the smooth line is the mean of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the before/after table."""
+
+    name: str
+    before: Score
+    after: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One test question with both answers."""
+
+    picture: Path
+    question: str
+    reference: str
+    before: str
+    after: str
+    right_before: bool
+    right_after: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Examples under one heading, with the sentence that says how they were chosen."""
+
+    heading: str
+    note: str
+    examples: Sequence[Example]
+
+
+def render_page(
+    *,
+    title: str,
+    summary: str,
+    facts: Mapping[str, str],
+    table: Sequence[Line],
+    comparison: Comparison,
+    curve: Path,
+    curve_text: str,
+    galleries: Sequence[Gallery],
+    footer: str,
+) -> str:
+    """The whole page as text; `curve` is a PNG and `curve_text` says in words what it shows."""
+    template = string.Template(resources.files("lensmith.evals").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title),
+        summary=escape(summary),
+        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
+        table="\n".join(_table_row(line) for line in table),
+        table_note=escape(describe_comparison(comparison)),
+        curve=_data_uri(curve.read_bytes(), "image/png"),
+        curve_text=escape(curve_text),
+        examples="\n".join(_gallery(gallery) for gallery in galleries if gallery.examples),
+        footer=escape(footer),
+    )
+
+
+def describe_comparison(comparison: Comparison) -> str:
+    """What changed between two sets of answers, in one or two sentences."""
+    n = comparison.wins + comparison.losses + comparison.ties
+    chance = "below 0.0001" if comparison.p_value < 1e-4 else f"{comparison.p_value:.2g}"
+    return (
+        f"The same {n:,} questions, twice: {comparison.wins:,} wrong answers became right and {comparison.losses:,} right "
+        f"ones became wrong (p {chance}, exact McNemar test). The thin line in a bar is the 95\u00a0% interval."
+    )
+
+
+def _table_row(line: Line) -> str:
+    cells = "".join(_table_cell(score, when) for score, when in ((line.before, "before"), (line.after, "after")))
+    return f'<tr><th scope="row">{escape(line.name)}<br><small>n = {line.after.n:,}</small></th>{cells}</tr>'
+
+
+def _table_cell(score: Score, when: str) -> str:
+    value, low, high = (100 * share for share in (score.value, score.low, score.high))
+    return (
+        f'<td class="{when}"><span class="value">{value:.1f}\u00a0%</span> <small>{low:.1f} to {high:.1f}</small>'
+        f'<div class="bar" style="--value:{value:.2f};--low:{low:.2f};--high:{high:.2f}"><i></i><b></b></div></td>'
+    )
+
+
+def _gallery(gallery: Gallery) -> str:
+    items = "\n".join(_example(example) for example in gallery.examples)
+    return (
+        f'<h2>{escape(gallery.heading)}</h2>\n<p class="soft">{escape(gallery.note)}</p>\n'
+        f'<ol class="examples">\n{items}\n</ol>'
+    )
+
+
+def _example(example: Example) -> str:
+    return (
+        f'<li class="card"><img src="{_thumbnail_uri(example.picture)}" alt="">'
+        f"<p>{escape(example.question)}</p><dl>"
+        f"<dt>right answer</dt><dd>{escape(example.reference)}</dd>"
+        f"<dt>before</dt>{_answer(example.before, example.right_before)}"
+        f"<dt>after</dt>{_answer(example.after, example.right_after)}</dl></li>"
+    )
+
+
+def _answer(answer: str, right: bool) -> str:
+    mark, word = ("✓", "right") if right else ("✗", "wrong")
+    said = escape(answer) or "(nothing)"
+    return (
+        f'<dd class="{word}"><span aria-hidden="true">{mark}</span><span class="hidden">{word}: </span> '
+        f'<span class="said">{said}</span></dd>'
+    )
+
+
+def _thumbnail_uri(picture: Path) -> str:
+    from PIL import Image, ImageOps
+
+    with Image.open(picture) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    upright.save(buffer, "PNG", optimize=True)
+    return _data_uri(buffer.getvalue(), "image/png")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def draw_loss_curve(samples: Sequence[int], losses: Sequence[float], path: Path, *, title: str) -> None:
+    """Write the loss over the samples seen as a PNG of 1280 x 640 pixels.
+
+    Args:
+        samples: samples of each optimizer step (not summed up).
+        losses: nats per learned token, one per step.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure without pyplot: no global state, and the user's own backend and style stay as they are.
+    figure = Figure(figsize=(6.4, 3.2), dpi=200, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor="white")
+    seen = np.cumsum(samples)
+    axes.plot(seen, losses, color="#9db8dd", linewidth=0.8, label="each step")
+    axes.plot(seen, smooth(losses), color="#1d5fbf", linewidth=2, label="running mean")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlim(0, seen[-1])
+    axes.set_xlabel("questions seen")
+    axes.set_ylabel("loss (nats per learned token)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(color="#e4e4df", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(path)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Centred running mean over SMOOTHING of all steps; narrower near both ends, so that it starts and ends on the data."""
+    reach = round(SMOOTHING * len(values) / 2)
+    means = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        means.append(sum(window) / len(window))
+    return means
