@@ -1,0 +1,218 @@
+"""From a RunConfig to a model and its processor on the device, in one type, without a second copy on the way.
+
+Nothing is chosen silently: every choice made here is a sentence in `Loaded.sentences`, and a checkpoint that lacks
+weights is refused, where transformers would draw them at random.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lensmith.config.tree import RunConfig
+from lensmith.errors import ConfigError, ModelError
+from lensmith.model.names import TINY, not_loadable, read_architecture, resolve_model
+from lensmith.model.quant import check_quantised, is_quantised_checkpoint, quantisation, set_compute_dtype
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLConfig, Qwen3VLProcessor
+
+    from lensmith.model.engine import Engine
+
+BF16_CAPABILITY = (8, 0)
+"""Compute capability from which NVIDIA cards have bf16 units (Ampere); older ones emulate it, slowly."""
+
+LARGEST_ON_CPU = 1_000_000_000
+"""Parameters above which 4-bit training without a GPU is refused: the smallest Qwen3-VL has 2.1e9, lensmith/tiny 4e6."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to be prepared for training or asked."""
+
+    model: Engine
+    processor: Qwen3VLProcessor
+    device: torch.device
+    dtype: torch.dtype
+    """Of weights and activations; 4-bit weights are widened to it for each product."""
+    name: str
+    """As the user wrote it."""
+    sentences: tuple[str, ...]
+    """What was chosen and why, to be printed."""
+
+
+def load_model(config: RunConfig, *, device: torch.device | None = None) -> Loaded:
+    """Model and processor of `config.model`, in eval mode, all parameters as loaded; `prepare_trainable` comes next.
+
+    `device`: None for this process's GPU, or the CPU where there is none.
+
+    Raises ModelError for names, files and processors that do not serve, ConfigError for a precision or method that
+    this device does not have.
+    """
+    from lensmith.model.adapters import check_tune
+
+    check_tune(config.tune)
+    device = device or choose_device()
+    dtype = choose_precision(config.precision, device)
+    architecture = read_architecture(config.model)
+    sentences = [f"{config.model}: {precision_sentence(dtype, config.precision, device)}"]
+    ready_made = is_quantised_checkpoint(architecture)
+    if ready_made or config.tune.method == "qlora":
+        sentences += _check_four_bit(config, architecture, device, ready_made=ready_made)
+    processor = load_processor(config.model)
+    model = _load_weights(config, architecture, device, dtype)
+    if ready_made:
+        set_compute_dtype(model, dtype)
+    else:
+        check_quantised(model, config.tune)
+    model.eval()
+    return Loaded(model, processor, device, dtype, config.model, tuple(sentences))
+
+
+def choose_device() -> torch.device:
+    """This process's GPU (torchrun's LOCAL_RANK), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The type of weights and activations for RunConfig.precision on this device.
+
+    auto: bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU. Raises ConfigError for one it does not have.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return precision_for(precision, capability)
+
+
+def precision_for(precision: str, capability: tuple[int, int] | None) -> torch.dtype:
+    """As `choose_precision`, from the GPU's compute capability alone; None is a CPU. Pure."""
+    if precision == "auto":
+        if capability is None:
+            return torch.float32
+        return torch.bfloat16 if capability >= BF16_CAPABILITY else torch.float16
+    if precision == "fp16" and capability is None:
+        raise ConfigError(
+            "precision=fp16: a CPU has no fp16 arithmetic to speak of. Set precision=auto (fp32 here), or use a GPU."
+        )
+    if precision == "bf16" and capability is not None and capability < BF16_CAPABILITY:
+        raise ConfigError(
+            f"precision=bf16: this GPU has compute capability {_dotted(capability)}, bf16 starts at "
+            f"{_dotted(BF16_CAPABILITY)}. Set precision=auto (fp16 with a loss scaler here)."
+        )
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def precision_sentence(dtype: torch.dtype, setting: str, device: torch.device) -> str:
+    """What was chosen, and why."""
+    chosen = {torch.bfloat16: "bf16", torch.float16: "fp16 with a loss scaler", torch.float32: "fp32"}[dtype]
+    if setting != "auto":
+        return f"{chosen}, as set."
+    if device.type != "cuda":
+        return f"{chosen} on the CPU."
+    capability = torch.cuda.get_device_capability(device)
+    return f"{chosen} on {torch.cuda.get_device_name(device)} (compute capability {_dotted(capability)})."
+
+
+def count_parameters(architecture: Qwen3VLConfig) -> int:
+    """Parameters of a model with this configuration, tied ones once; takes no memory."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(architecture)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_processor(name: str) -> Qwen3VLProcessor:
+    """The checkpoint's own processor: tokenizer, image processor and chat template.
+
+    Raises ModelError if it is not there, of another kind, or without a chat template.
+    """
+    from transformers import AutoProcessor, Qwen3VLProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as cause:
+        raise ModelError(
+            f"model={name}: its processor (tokenizer, image processor, chat template) could not be loaded: "
+            f"{_first_line(cause)} Copy preprocessor_config.json, tokenizer files and chat_template.jinja "
+            "of the base model into the folder."
+        ) from cause
+    if not isinstance(processor, Qwen3VLProcessor):
+        raise ModelError(
+            f"model={name}: its processor is a {type(processor).__name__}, a Qwen3VLProcessor is needed. "
+            "Copy preprocessor_config.json and video_preprocessor_config.json of the base model into the folder."
+        )
+    if not processor.chat_template:
+        raise ModelError(
+            f"model={name}: its processor has no chat template, so turns cannot be told apart. "
+            "Copy chat_template.jinja of the base model into the folder."
+        )
+    return processor
+
+
+def _check_four_bit(
+    config: RunConfig, architecture: Qwen3VLConfig, device: torch.device, *, ready_made: bool
+) -> list[str]:
+    """What to say about 4-bit weights on this device; raises ConfigError where they would take for ever."""
+    method, sentences = config.tune.method, []
+    if ready_made and method == "full":
+        raise ConfigError(
+            f"model={config.model}: stored in 4 bits, which tune.method=full cannot train. "
+            "Set tune.method=qlora, or name the 16-bit checkpoint."
+        )
+    if ready_made:
+        sentences.append(f"{config.model}: stored in 4 bits already, loaded as it is.")
+    if device.type == "cuda":
+        return sentences
+    count = count_parameters(architecture)
+    if count > LARGEST_ON_CPU:
+        raise ConfigError(
+            f"tune.method={method}: there is no GPU here, and {config.model} has {count / 1e9:.1f} billion parameters; "
+            f"4-bit weights on a CPU are for models up to {LARGEST_ON_CPU / 1e9:.0f} billion. "
+            f"Run it on a GPU, or try your data with model={TINY}."
+        )
+    sentences.append("Warning: 4-bit weights on a CPU are slower than fp32 ones; tune.method=lora is quicker here.")
+    return sentences
+
+
+def _load_weights(config: RunConfig, architecture: Qwen3VLConfig, device: torch.device, dtype: torch.dtype) -> Engine:
+    from lensmith.model.engine import Engine
+
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": device},  # straight to where it is used, so the host never holds all of it
+        "output_loading_info": True,
+    }
+    if (quant := quantisation(config.tune, architecture, dtype=dtype)) is not None:
+        arguments["quantization_config"] = quant
+    try:
+        loaded: Any = Engine.from_pretrained(resolve_model(config.model), **arguments)
+    except OSError as cause:
+        if os.path.isdir(resolve_model(config.model)):  # noqa: PTH112  a folder name, not yet a Path
+            raise ModelError(
+                f"model={config.model}: its weights could not be read: {_first_line(cause)} "
+                "Copy model.safetensors, or all of its numbered parts and their index, into the folder."
+            ) from cause
+        raise ModelError(not_loadable(config.model)) from cause
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model={config.model}: {len(missing)} weights are not in its files, first {missing[0]}; they would be "
+            "random numbers. The copy is incomplete, or of another kind of model: download it again."
+        )
+    if config.model == TINY:
+        model.name_or_path = TINY  # so that an adapter names its base, not a path on this machine
+    return model
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _first_line(cause: Exception) -> str:
+    line = str(cause).strip().partition("\n")[0]
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,106 @@
+"""4-bit storage of the frozen decoder: which modules, which not, and a check that bitsandbytes did as it was told.
+
+transformers' own default keeps only `lm_head` and quantises the image tower and its mergers; giving it
+`["model.visual"]` instead drops that default and quantises an untied head. So both are named, and afterwards looked at.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lensmith.config.tree import Tune
+from lensmith.errors import ModelError
+from lensmith.model.components import COMPONENTS, component_of, plain_name
+from lensmith.types import Component
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+VISION_MODULE = "model.visual"
+"""Image tower and mergers. A bare `visual` would match nothing: the pattern starts at the front of the name."""
+HEAD_MODULE = "lm_head"
+
+
+def quantisation(tune: Tune, config: PreTrainedConfig, *, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How to load the model: NF4 with double quantisation for method qlora, None to load it as it is.
+
+    `config` is the model's own; a checkpoint that is stored in 4 bits already is loaded as it is. `dtype` is what
+    4-bit weights are widened to for each product. NF4 and double quantisation: arXiv:2305.14314, section 3.
+    """
+    if tune.method != "qlora" or is_quantised_checkpoint(config):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    skipped = [HEAD_MODULE] if tune.quantise_vision else [VISION_MODULE, HEAD_MODULE]
+    quant = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+    assert quant.bnb_4bit_compute_dtype is dtype, "transformers ignored our compute dtype"
+    return quant
+
+
+def is_quantised_checkpoint(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint on disk is stored in 4 bits.
+
+    Raises ModelError if it is stored in another way that cannot be trained.
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+        raise ModelError(
+            f"model={config.name_or_path}: stored as {stored.get('quant_method')}, and only bitsandbytes 4-bit or "
+            "unquantised weights can be trained. Use the 16-bit checkpoint; tune.method=qlora stores it in 4 bits."
+        )
+    return True
+
+
+def quantised_linears(model: nn.Module) -> dict[Component, tuple[int, int]]:
+    """For each component: how many of its linears are stored in 4 bits, and how many linears it has.
+
+    The linears of an adapter do not count.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+    from torch import nn
+
+    counts: dict[Component, tuple[int, int]] = dict.fromkeys(COMPONENTS, (0, 0))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in name:
+            component = component_of(plain_name(name))
+            stored, linears = counts[component]
+            counts[component] = (stored + isinstance(module, Linear4bit), linears + 1)
+    return counts
+
+
+def check_quantised(model: nn.Module, tune: Tune) -> None:
+    """Raises ModelError unless exactly the intended components are in 4 bits; right after loading for qlora.
+
+    Not for ready-made 4-bit checkpoints, whose makers chose otherwise.
+    """
+    wanted = {"language", "vision", "merger"} if tune.quantise_vision else {"language"}
+    if tune.method != "qlora":
+        wanted = set()
+    for component, (stored, linears) in quantised_linears(model).items():
+        if stored != (linears if component in wanted else 0):
+            raise ModelError(
+                f"qlora: {stored} of {linears} linears of {component} are stored in 4 bits where "
+                f"{'all' if component in wanted else 'none'} should be; a different transformers or bitsandbytes may "
+                "name modules differently. Run `lensmith env`, and please report this with its output."
+            )
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Widen 4-bit weights to `dtype` for each product, whatever the checkpoint's maker wrote (bf16, as a rule)."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
