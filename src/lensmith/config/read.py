@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -56,7 +57,7 @@ def read_config(source: Path | None, overrides: Sequence[str] = (), *, data: str
     problems += _find_idle(config, from_file, set(_dotted(_nest(on_command_line))), places, name)
     if problems:
         raise _sum_up(problems)
-    return _resolve_paths(config, source.parent if source else None, places)
+    return resolve_paths(config, source.parent if source else None, places)
 
 
 def _read_file(source: Path) -> tuple[dict[str, Any], dict[Key, str]]:
@@ -189,11 +190,13 @@ def _explain(tree: Any, key: Key, kind: str, settings: Mapping[str, Setting]) ->
     if path in list_sections():
         held = ", ".join(list_sections()[path])
         return f"{path} is {_shown(value)}, but must be a section with {held}. Write them indented under it."
-    setting = settings.get(path)
-    if setting is None:
+    in_list = key[-1] if isinstance(key[-1], int) else None
+    setting = settings.get(_written(key[:-1] if in_list is not None else key))
+    if setting is None or (in_list is not None and not setting.choices):
         return f"{path} is {_shown(value)}, but a data file in a list is written {{path: rows.jsonl, weight: 1}}."
     near = suggest_choice(value, setting.choices)
-    return f"{path} is {_shown(value)}, but must be {setting.allowed}. {near}".strip()
+    allowed = f"one of {', '.join(setting.choices)}" if in_list is not None else setting.allowed
+    return f"{path} is {_shown(value)}, but must be {allowed}. {near}".strip()
 
 
 def _find_contradictions(config: RunConfig, places: Mapping[Key, str], name: str) -> list[str]:
@@ -220,8 +223,14 @@ def _find_idle(
     return [f"{_place(_key(path), places, name)}: {path} {idle[path].why}" for path in guilty]
 
 
-def _resolve_paths(config: RunConfig, folder: Path | None, places: Mapping[Key, str]) -> RunConfig:
-    """Paths that exist become absolute, so that a resumed run and `lensmith eval RUN` find them from anywhere."""
+def resolve_paths(
+    config: RunConfig, folder: Path | None = None, places: Mapping[Key, str] = MappingProxyType({})
+) -> RunConfig:
+    """Paths that exist become absolute, so that a resumed run and `lensmith eval RUN` find them from anywhere.
+
+    They start from `folder`, then from the current one; where `places` says that a setting came from the command line,
+    from the current one only.
+    """
 
     def resolve(value: str, key: Key) -> str:
         path = Path(value).expanduser()

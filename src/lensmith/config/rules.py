@@ -54,16 +54,11 @@ def _adapter_settings_need_an_adapter(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"tune.{name}", why)
 
 
-def _projections_need_an_adapted_language(config: RunConfig) -> Iterator[Problem]:
-    if config.tune.method != "full" and config.tune.language == "adapted":
-        return
-    state = "trained with tune.method=full" if config.tune.method == "full" else config.tune.language
-    for name in ("attention", "mlp"):
-        yield Problem(
-            f"tune.{name}",
-            f"has no effect while the language model is {state}: it chooses where adapters go. "
-            "Remove it, or set tune.method=lora and tune.language=adapted.",
-        )
+def _projections_need_a_moving_language(config: RunConfig) -> Iterator[Problem]:
+    if config.tune.language == "frozen":
+        for name in ("attention", "mlp"):
+            why = "has no effect while tune.language=frozen. Remove it, or set tune.language=adapted."
+            yield Problem(f"tune.{name}", why)
 
 
 def _quantised_vision_needs_qlora(config: RunConfig) -> Iterator[Problem]:
@@ -117,12 +112,12 @@ def _image_range_is_not_empty(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _an_adapted_language_has_projections(config: RunConfig) -> Iterator[Problem]:
+def _a_moving_language_has_projections(config: RunConfig) -> Iterator[Problem]:
     tune = config.tune
-    if tune.method != "full" and tune.language == "adapted" and not (tune.attention or tune.mlp):
+    if tune.language != "frozen" and not (tune.attention or tune.mlp):
         yield Problem(
             "tune.language",
-            "but tune.attention and tune.mlp are both false, so there is nowhere to put an adapter. "
+            "but tune.attention and tune.mlp are both false, which leaves it nothing. "
             "Set one of them to true, or tune.language=frozen.",
         )
 
@@ -137,17 +132,21 @@ def _something_is_trained(config: RunConfig) -> Iterator[Problem]:
 
 
 def _four_bit_weights_stay_put(config: RunConfig) -> Iterator[Problem]:
-    if config.tune.method == "qlora" and config.tune.language == "trained":
-        yield Problem(
-            "tune.language",
-            "but tune.method=qlora stores it in 4 bits, which no optimizer can move. "
-            "Set tune.language=adapted, or tune.method=lora.",
-        )
+    tune = config.tune
+    if tune.method != "qlora":
+        return
+    for name in ("language", "vision", "merger") if tune.quantise_vision else ("language",):
+        if getattr(tune, name) == "trained":
+            yield Problem(
+                f"tune.{name}",
+                "but tune.method=qlora stores it in 4 bits, which no optimizer can move. "
+                f"Set tune.{name}=adapted, or tune.method=lora.",
+            )
 
 
 WITHOUT_EFFECT: tuple[Rule, ...] = (
     _adapter_settings_need_an_adapter,
-    _projections_need_an_adapted_language,
+    _projections_need_a_moving_language,
     _quantised_vision_needs_qlora,
     _steps_replace_epochs,
     _rates_need_a_moving_part,
@@ -156,7 +155,7 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
 )
 CONTRADICTIONS: tuple[Rule, ...] = (
     _image_range_is_not_empty,
-    _an_adapted_language_has_projections,
+    _a_moving_language_has_projections,
     _something_is_trained,
     _four_bit_weights_stay_put,
 )

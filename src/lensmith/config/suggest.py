@@ -17,6 +17,7 @@ FOREIGN: Mapping[str, str] = {
     "dataset": "data.train",
     "dataset_path": "data.train",
     "eval_dataset": "data.test",
+    "evaluation": "eval",
     "eval_steps": "eval.every_steps",
     "finetune_attention_modules": "tune.attention",
     "finetune_language_layers": "tune.language",
@@ -60,6 +61,7 @@ FOREIGN: Mapping[str, str] = {
     "use_dora": "tune.dora",
     "use_rslora": "tune.rslora",
     "val_size": "data.test",
+    "training": "optim",
     "warmup_ratio": "optim.warmup",
     "warmup_steps": "optim.warmup",
 }

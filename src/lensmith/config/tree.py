@@ -90,6 +90,8 @@ class Tune(Section):
 class Packing(Section):
     tokens: Annotated[int, Field(ge=32)] | None = None
     """Tokens in one forward pass. Null: 8192 on a GPU, 2048 on a CPU."""
+    together: bool = True
+    """Whether several samples share one forward pass. False: one sample per pass, slower, the same result."""
     share_prefix: bool = True
     """Whether questions about one image share its tokens: same loss and gradients, less work."""
     check_packs: Annotated[int, Field(ge=0)] = 2

@@ -1,0 +1,111 @@
+"""What a person sees while a run goes on: a bar on a terminal, a plain line every few seconds anywhere else.
+
+Always on stderr; stdout belongs to `--json`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from lensmith.types import StepStats
+
+LINE_EVERY_S = 5.0
+"""Between plain lines: often enough to see that it lives, seldom enough for a log file."""
+HALF_LIFE_STEPS = 10
+"""Speeds and the loss shown are exponential means; a step this long ago counts half."""
+
+
+class TrainProgress:
+    """Shows steps, time left, tokens/s, loss, memory and the share of time spent waiting for data.
+
+    `with TrainProgress() as progress: progress.update(stats, total_steps)` after each optimizer step.
+    """
+
+    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self.clock = clock
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.first: tuple[float, int] | None = None
+        """Time before the first step seen and the steps taken by then: a resumed run does not start at 0."""
+        self.said_at = -LINE_EVERY_S
+        self.means: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self.console,
+            )
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the bar."""
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, stats: StepStats, total_steps: int) -> None:
+        """Show one more optimizer step of `total_steps`."""
+        now = self.clock()
+        self._blend(stats)
+        if self.first is None:
+            self.first = (now - stats.step_s, stats.step - 1)
+        numbers = self.describe()
+        if self.bar:
+            if self.task is None:
+                self.task = self.bar.add_task("train", total=total_steps, completed=stats.step - 1, numbers=numbers)
+            self.bar.update(self.task, completed=stats.step, total=total_steps, numbers=numbers)
+        elif now - self.said_at >= LINE_EVERY_S or stats.step == total_steps:
+            self.said_at = now
+            left = self._seconds_left(now, stats.step, total_steps)
+            self.say(f"step {stats.step}/{total_steps}  {numbers}  {_clock_time(left)} left")
+
+    def describe(self) -> str:
+        """The numbers of the latest steps in words and units."""
+        means = self.means
+        parts = [f"loss {means['loss']:.3f}", f"{means['tokens'] / means['step_s']:,.0f} tokens/s"]
+        if means["peak_gib"]:
+            parts.append(f"{means['peak_gib']:.1f} GiB")
+        parts.append(f"waiting for data {means['data_wait_s'] / means['step_s']:.0%}")
+        return "  ".join(parts)
+
+    def _blend(self, stats: StepStats) -> None:
+        keep = 0.5 ** (1 / HALF_LIFE_STEPS) if self.means else 0.0
+        # An interval of 0 s is below the clock's resolution; dividing by it says nothing.
+        new = {
+            "loss": stats.loss,
+            "tokens": stats.tokens,
+            "step_s": max(stats.step_s, 1e-9),
+            "data_wait_s": stats.data_wait_s,
+        }
+        self.means = {name: keep * self.means.get(name, 0.0) + (1 - keep) * value for name, value in new.items()}
+        self.means["peak_gib"] = stats.peak_gib
+
+    def _seconds_left(self, now: float, step: int, total_steps: int) -> float:
+        started_at, steps_before = self.first or (now, step)
+        return (now - started_at) / max(step - steps_before, 1) * (total_steps - step)
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
