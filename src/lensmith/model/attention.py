@@ -13,9 +13,10 @@ kernels drop the gradient of the lse; concatenating keys needs no merge at all.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lensmith.types import Segment
+
+ToDevice = Callable[[np.ndarray], Tensor]
 
 BUCKET_GROWTH = 1.25
 """Runs share a padded bucket while the longest is at most this many times the shortest."""
@@ -55,19 +58,29 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Which keys each query reads, as the index tensors that the attention forms need, on the device of the pack."""
+class Varlen:
+    """Layout for the flash kernel, as index tensors on its device."""
 
     causal: bool
-    cu_queries: Int[Tensor, " runs+1"] | None
-    cu_keys: Int[Tensor, " runs+1"] | None
+    cu_queries: Int[Tensor, " runs_and_one"]
+    cu_keys: Int[Tensor, " runs_and_one"]
     max_queries: int
     max_keys: int
     gather: Int[Tensor, " keys"] | None
     """Rows of the key tensor in the order of the runs; None where that is the tensor as it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Layout for stacked runs."""
+
     buckets: tuple[Bucket, ...]
     order: Int[Tensor, " queries"] | None
-    """Puts the buckets' queries back into pack order."""
+    """Puts the buckets' queries back into pack order; None where they are in it."""
+
+
+Layout = Varlen | Padded
+"""Which keys each query of a pack reads."""
 
 
 def segment_runs(segments: Sequence[Segment]) -> list[Run]:
@@ -102,37 +115,39 @@ def build_layout(
     runs: Sequence[Run], *, num_keys: int, causal: bool, device: torch.device, dtype: torch.dtype
 ) -> Layout:
     """Index tensors for `runs`, in query order, over a key tensor of `num_keys` rows; on `device`, for the form it uses."""
-    key_rows = [np.concatenate([np.arange(*span) for span in run.keys]) for run in runs]
-    gather = np.concatenate(key_rows)
-    in_order = len(gather) == num_keys and bool((np.diff(gather) == 1).all())
-    lengths_q, lengths_k = np.array([run.length for run in runs]), np.array([len(rows) for rows in key_rows])
     tensor = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
-    if varlen_available(device, dtype):
-        cumulative = lambda lengths: tensor(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))  # noqa: E731
-        return Layout(
-            causal=causal,
-            cu_queries=cumulative(lengths_q),
-            cu_keys=cumulative(lengths_k),
-            max_queries=int(lengths_q.max()),
-            max_keys=int(lengths_k.max()),
-            gather=None if in_order else tensor(gather),
-            buckets=(),
-            order=None,
-        )
-    members = _buckets(lengths_q, lengths_k)
-    starts_q = np.concatenate([[0], np.cumsum(lengths_q)[:-1]])
-    order = np.concatenate([np.arange(starts_q[i], starts_q[i] + lengths_q[i]) for bucket in members for i in bucket])
-    return Layout(
+    build = _build_varlen if varlen_available(device, dtype) else _build_padded
+    return build(runs, num_keys, causal, tensor)
+
+
+def _key_rows(runs: Sequence[Run]) -> list[Int[np.ndarray, " keys"]]:
+    return [np.concatenate([np.arange(*span) for span in run.keys]) for run in runs]
+
+
+def _build_varlen(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDevice) -> Varlen:
+    gather = np.concatenate(_key_rows(runs))
+    in_order = len(gather) == num_keys and bool((np.diff(gather) == 1).all())
+    queries, keys = [run.length for run in runs], [run.num_keys for run in runs]
+    return Varlen(
         causal=causal,
-        cu_queries=None,
-        cu_keys=None,
-        max_queries=int(lengths_q.max()),
-        max_keys=int(lengths_k.max()),
-        gather=None,
+        cu_queries=tensor(np.cumsum([0, *queries], dtype=np.int32)),
+        cu_keys=tensor(np.cumsum([0, *keys], dtype=np.int32)),
+        max_queries=max(queries),
+        max_keys=max(keys),
+        gather=None if in_order else tensor(gather),
+    )
+
+
+def _build_padded(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDevice) -> Padded:
+    lengths, key_rows = np.array([run.length for run in runs]), _key_rows(runs)
+    starts = np.cumsum(lengths) - lengths
+    members = _buckets(lengths, np.array([run.num_keys for run in runs]))
+    order = np.concatenate(
+        [np.arange(starts[i], starts[i] + lengths[i]) for bucket in members for i in bucket.tolist()]
+    )
+    return Padded(
         buckets=tuple(
-            _stack_bucket(
-                [runs[i].length for i in bucket], starts_q[bucket], [key_rows[i] for i in bucket], causal, tensor
-            )
+            _stack_bucket(lengths[bucket], starts[bucket], [key_rows[i] for i in bucket], causal, tensor)
             for bucket in members
         ),
         order=tensor(np.argsort(order)) if (np.diff(order) != 1).any() else None,
@@ -146,8 +161,10 @@ def _buckets(lengths_q: Int[np.ndarray, " runs"], lengths_k: Int[np.ndarray, " r
     return [np.flatnonzero(keys == key) for key in np.unique(keys)]
 
 
-def _stack_bucket(lengths, starts, key_rows, causal, tensor) -> Bucket:
-    longest_q, longest_k = max(lengths), max(map(len, key_rows))
+def _stack_bucket(
+    lengths: np.ndarray, starts: np.ndarray, key_rows: list[np.ndarray], causal: bool, tensor: ToDevice
+) -> Bucket:
+    longest_q, longest_k = int(lengths.max()), max(map(len, key_rows))
     # Padding repeats row 0 and is masked (keys) or dropped (queries).
     queries = np.zeros((len(lengths), longest_q), dtype=np.int64)
     keys = np.zeros((len(lengths), longest_k), dtype=np.int64)
@@ -160,7 +177,7 @@ def _stack_bucket(lengths, starts, key_rows, causal, tensor) -> Bucket:
         # so it sees key 0; its output is dropped.
         mask[n, 0] = (j < len(rows)) & (j - i <= len(rows) - length) if causal else j < len(rows)
         mask[n, 0, length:, 0] = True
-    rows = np.flatnonzero((np.arange(longest_q)[None] < np.array(lengths)[:, None]).ravel())
+    rows = np.flatnonzero((np.arange(longest_q)[None] < lengths[:, None]).ravel())
     return Bucket(tensor(queries), tensor(keys), None if mask.all() else tensor(mask), tensor(rows))
 
 
@@ -172,17 +189,17 @@ def attend(
     scale: float,
 ) -> Float[Tensor, "queries heads width"]:
     """Attention of every run over its own keys. Gradients reach query, key and value in both forms."""
-    if layout.cu_queries is None:
-        return _attend_padded(query, key, value, layout, scale)
-    if layout.gather is not None:
-        key, value = key[layout.gather], value[layout.gather]
-    return _attend_varlen(query, key, value, layout, scale)
+    attend_form = _attend_varlen if isinstance(layout, Varlen) else _attend_padded
+    return attend_form(query, key, value, layout, scale)  # type: ignore[arg-type]
 
 
-def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Varlen, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    if layout.gather is not None:
+        key, value = key[layout.gather], value[layout.gather]
+    call: Callable[..., Any] = varlen_attn  # its keywords differ between releases
+    return call(
         query,
         key,
         value,
@@ -193,7 +210,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sc
         scale=scale,
         window_size=(-1, 0) if layout.causal else (-1, -1),
         **_grouped_heads_flag(),
-    )  # type: ignore[return-value]
+    )
 
 
 @cache
@@ -204,7 +221,7 @@ def _grouped_heads_flag() -> dict[str, bool]:
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale: float) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     outputs = []
     for bucket in layout.buckets:

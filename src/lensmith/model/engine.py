@@ -64,7 +64,7 @@ class Engine(Qwen3VLForConditionalGeneration):
 
     # generate() validates its keyword arguments against this signature.
     @functools.wraps(Qwen3VLForConditionalGeneration.forward)
-    def forward(self, *args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         if pack is None:
             return super().forward(*args, **kwargs)
         return self.pack_logprobs(pack)
