@@ -300,6 +300,18 @@ def load_tuned(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn
     return model
 
 
+def restore_tuned(model: nn.Module, folder: Path) -> None:
+    """Puts a checkpoint's weights back into the model they were saved from, already prepared with the same settings.
+
+    Raises ModelError if the folder holds none, or not exactly what trains in this model.
+    """
+    source = find_tuned(Path(folder))
+    own = trained_tensors(model)
+    found = load_file(source / TRAINED_WEIGHTS) if (source / TRAINED_WEIGHTS).is_file() else {}
+    _check_fit(source, found, own, complete=True)
+    _fill(model, source)
+
+
 def _start_from(model: nn.Module, tune: Tune, folder: Path) -> None:
     source = find_tuned(folder)
     where = f"tune.start_from={folder}"
