@@ -6,6 +6,8 @@ traceback and exits with 2.
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class LensmithError(Exception):
     """Something the user can mend; the message says how."""
@@ -17,6 +19,43 @@ class ConfigError(LensmithError):
 
 class DataError(LensmithError):
     """A row, image or data file cannot be used as it is."""
+
+
+RowCode = Literal[
+    "not_json",
+    "malformed_row",
+    "unknown_role",
+    "marks_mismatch",
+    "empty_question",
+    "empty_answer",
+    "no_answer",
+    "missing_file",
+    "url_not_allowed",
+    "unreadable_image",
+    "truncated_image",
+    "decompression_bomb",
+    "extreme_aspect",
+    "template_refused",
+    "too_long",
+]
+"""Why one row cannot be used: the stable names that reports and `lensmith check` count by."""
+
+
+class RowError(DataError):
+    """One row that cannot be used; the rest of the file may be fine, so data.on_bad_row=skip leaves it out."""
+
+    def __init__(self, where: str, code: RowCode, sentence: str) -> None:
+        super().__init__(where, code, sentence)
+        self.where = where
+        self.code: RowCode = code
+        self.sentence = sentence
+
+    def at(self, where: str) -> RowError:
+        """The same fault told from further out: what it says of a picture, said of the row that names the picture."""
+        return RowError(where, self.code, str(self))
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.sentence}"
 
 
 class ModelError(LensmithError):

@@ -1,0 +1,271 @@
+"""Pictures: what one costs, told from its file header alone, and its pixels exactly as transformers cuts them.
+
+Two promises meet here. The size that `size_image` predicts is the size that `read_patches` delivers, and both are what
+transformers' Qwen2VLImageProcessor (the one every Qwen3-VL ships) would make of the same upright picture under the same
+limits, bit for bit (tests/reference/test_patches.py). So plans made from headers hold, and serving sees what training saw.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from lensmith.data.fetch import fetch_image
+from lensmith.errors import ConfigError, RowError
+from lensmith.types import ImageRef, ImageSize, VisionGeometry
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+MAX_ASPECT = 200
+"""Longer : shorter side beyond which transformers' smart_resize refuses a picture."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by the value of its EXIF orientation tag (0x0112 in the EXIF standard); 1 already is."""
+ORIENTATION_TAG = 0x0112
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
+
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+"""The last bytes of a whole file: JPEG's EOI marker; PNG's IEND chunk with its checksum."""
+
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def read_geometry(processor: Any) -> VisionGeometry:
+    """How this checkpoint cuts pictures, from its loaded Qwen3VLProcessor."""
+    images = processor.image_processor
+    token_px = images.patch_size * images.merge_size
+    return VisionGeometry(
+        patch_px=images.patch_size,
+        merge=images.merge_size,
+        frames=images.temporal_patch_size,
+        mean=tuple(images.image_mean),
+        std=tuple(images.image_std),
+        # `shortest_edge` is an area in this processor, despite its name.
+        min_tokens=max(1, images.size["shortest_edge"] // token_px**2),
+    )
+
+
+def write_policy(processor: Any, min_tokens: int, max_tokens: int) -> None:
+    """Make the processor resize as training did, so that a saved copy serves with the same pictures."""
+    images = processor.image_processor
+    token_area = (images.patch_size * images.merge_size) ** 2
+    images.size = {"shortest_edge": min_tokens * token_area, "longest_edge": max_tokens * token_area}
+
+
+def check_policy(min_tokens: int, max_tokens: int) -> None:
+    """Raise ConfigError where no picture could satisfy both limits."""
+    if min_tokens > max_tokens:
+        raise ConfigError(
+            f"data.image.min_tokens is {min_tokens} but data.image.max_tokens is {max_tokens}; "
+            f"raise max_tokens to {min_tokens} or more, or set min_tokens (its default is the checkpoint's own)."
+        )
+
+
+def fit_px(height: int, width: int, geometry: VisionGeometry, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+    """Height and width after resizing, in pixels: multiples of token_px, at most max_tokens, nearly the same shape.
+
+    This is `smart_resize` of transformers' image_processing_qwen2_vl.py, which goes over its own maximum in two corners:
+    a strip longer than max_tokens : 1, and a picture enlarged when the two limits are close. There we stay within.
+
+    Raises:
+        RowError: `extreme_aspect`, for sides of over 200 : 1.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise RowError(
+            "picture",
+            "extreme_aspect",
+            f"is {width} x {height} px, longer than {MAX_ASPECT} : 1, which the model cannot see; crop it or cut it up.",
+        )
+    side = geometry.token_px
+    rows, columns = round(height / side), round(width / side)
+    if rows * columns < min_tokens:
+        stretch = math.sqrt(min_tokens * side**2 / (height * width))
+        rows, columns = math.ceil(height * stretch / side), math.ceil(width * stretch / side)
+    if rows * columns > max_tokens:
+        shrink = math.sqrt(height * width / (max_tokens * side**2))
+        rows = max(1, math.floor(height / shrink / side))
+        columns = max(1, math.floor(width / shrink / side))
+        rows, columns = min(rows, max_tokens // min(columns, max_tokens)), min(columns, max_tokens)
+    return rows * side, columns * side
+
+
+def size_image(
+    ref: ImageRef,
+    geometry: VisionGeometry,
+    *,
+    min_tokens: int,
+    max_tokens: int,
+    original_px: tuple[int, int] | None = None,
+) -> ImageSize:
+    """What the picture will cost; reads its header, unless its upright height and width are already known.
+
+    Raises:
+        RowError: its file is missing or is no picture, or its sides are over 200 : 1.
+    """
+    original = original_px or header_px(ref)
+    try:
+        seen = fit_px(*original, geometry, min_tokens, max_tokens)
+    except RowError as cause:
+        raise RowError(str(ref), cause.code, cause.sentence) from None
+    return ImageSize(ref, original, seen, seen[0] * seen[1] // geometry.token_px**2)
+
+
+def grid_of(size: ImageSize, geometry: VisionGeometry) -> tuple[int, int, int]:
+    """Patches in time, height and width; a still picture is one step of time."""
+    height, width = size.seen_px
+    return 1, height // geometry.patch_px, width // geometry.patch_px
+
+
+def header_px(ref: ImageRef) -> tuple[int, int]:
+    """Upright height and width in pixels, from the file's header; no pixel is decoded."""
+    with _open_header(ref) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
+
+
+def check_whole(ref: ImageRef) -> None:
+    """Raise RowError where a JPEG or PNG was cut off: what its header cannot tell.
+
+    Reads the last bytes only. Some sound files carry something after their end mark, so one without the mark in its
+    place is decoded to be sure.
+    """
+    with _open_header(ref) as image:
+        mark = END_MARKS.get(image.format or "")
+    if mark is None:
+        return
+    location = _location(ref)
+    with location if isinstance(location, io.BytesIO) else location.open("rb") as file:
+        file.seek(-min(len(mark), file.seek(0, io.SEEK_END)), io.SEEK_END)
+        is_whole = file.read() == mark
+    if not is_whole:
+        open_image(ref)
+
+
+def open_image(ref: ImageRef) -> Image.Image:
+    """The picture in RGB and upright, at its own size.
+
+    Transparency is laid on white, as transformers' newer processors do: the hidden colour of transparent pixels is most
+    often black, so that dropping the alpha channel turns black text on a clear page into a black rectangle.
+    Sixteen-bit greys are scaled to eight, where Pillow's own conversion would clip them to white.
+
+    Raises:
+        RowError: `missing_file`, `unreadable_image`, `truncated_image` or `decompression_bomb`.
+    """
+    with _open_header(ref) as image:
+        turn = UPRIGHT.get(_orientation(image))
+        try:
+            image.load()
+        except Image.DecompressionBombError as cause:
+            raise _bomb(ref, cause) from cause
+        except (OSError, SyntaxError, ValueError, EOFError) as cause:  # what Pillow's decoders raise on broken data
+            raise RowError(
+                str(ref),
+                "truncated_image",
+                f"the picture's header is sound but its pixels cannot be decoded ({cause}); "
+                "the file was probably cut off in a copy or download: fetch it again.",
+            ) from cause
+        flat = _to_rgb(image)
+    return flat.transpose(turn) if turn is not None else flat
+
+
+def read_patches(size: ImageSize, geometry: VisionGeometry) -> Float[Tensor, "patches values"]:
+    """Pixels as the image tower takes them: resized, normalised, one row per patch, in the order of merged tokens.
+
+    Resizing is torchvision's antialiased bicubic on bytes; normalising fuses the division by 255, as transformers does,
+    because (x - 255 mean) / (255 std) in float32 is not bit for bit (x / 255 - mean) / std.
+    """
+    import torch
+
+    height, width = size.seen_px
+    picture = torch.from_numpy(np.array(open_image(size.ref))).permute(2, 0, 1)[None]
+    if picture.shape[2:] != (height, width):
+        picture = torch.nn.functional.interpolate(
+            picture.contiguous(), (height, width), mode="bicubic", align_corners=False, antialias=True
+        )
+    patch, merge = geometry.patch_px, geometry.merge
+    rows, columns = height // geometry.token_px, width // geometry.token_px
+    # [channel, token row, row in token, y, token column, column in token, x] -> tokens, their patches, channel, y, x
+    picture = picture.reshape(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+    values = picture.reshape(-1, 3, 1, patch, patch).to(torch.float32)
+    mean, std = (torch.tensor(numbers).mul_(255).view(3, 1, 1, 1) for numbers in (geometry.mean, geometry.std))
+    values.sub_(mean).div_(std)
+    return values.expand(-1, -1, geometry.frames, -1, -1).reshape(-1, geometry.patch_values)
+
+
+def _location(ref: ImageRef) -> Path | io.BytesIO:
+    if isinstance(ref.source, bytes):
+        return io.BytesIO(ref.source)
+    return fetch_image(ref.source) if isinstance(ref.source, str) else ref.source
+
+
+def _open_header(ref: ImageRef) -> Image.Image:
+    try:
+        return Image.open(_location(ref))
+    except FileNotFoundError as cause:
+        raise RowError(str(ref), "missing_file", "there is no such file.") from cause
+    except Image.DecompressionBombError as cause:
+        raise _bomb(ref, cause) from cause
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as cause:
+        what = "is empty (0 bytes)" if _num_bytes(ref) == 0 else "is not a picture that Pillow can read"
+        raise RowError(
+            str(ref), "unreadable_image", f"the file {what}; convert it to PNG or JPEG, or remove the row."
+        ) from cause
+
+
+def _bomb(ref: ImageRef, cause: Exception) -> RowError:
+    return RowError(
+        str(ref),
+        "decompression_bomb",
+        f"the picture unfolds to an unreasonable size ({cause}); reduce it, or remove the row.",
+    )
+
+
+def _num_bytes(ref: ImageRef) -> int | None:
+    if isinstance(ref.source, bytes):
+        return len(ref.source)
+    return ref.source.stat().st_size if isinstance(ref.source, Path) else None
+
+
+def _orientation(image: Image.Image) -> int:
+    # PngImageFile.getexif decodes the whole picture to look for EXIF data behind it; the plain method does not.
+    exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+    return exif.get(ORIENTATION_TAG, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
+        return Image.fromarray(_to_bytes(np.asarray(image), image.mode)).convert("RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, clear).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """Greys of any depth as 0 .. 255; where the mode leaves the depth open, the smallest one that holds the values."""
+    values = values.astype(np.float64)
+    if mode in SIXTEEN_BIT_MODES:
+        full = 65535.0
+    else:
+        depths = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+        full = next((depth for depth in depths if values.max(initial=0) <= depth), values.max(initial=0))
+    return (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
