@@ -1,0 +1,217 @@
+"""The main job in minutes on any machine: lensmith/tiny learns easy-VQA, and a page shows what changed.
+
+easy-VQA (the `easy-vqa` package, Victor Zhou 2019, MIT) has 5,000 small pictures with 48,248 questions and its own split
+into training and test pictures. Nothing of it is in the pretraining of lensmith/tiny. Here are only the rows, the
+settings and the report; training and evaluation are what `lensmith train` and `lensmith eval` run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lensmith.config.tree import Data, Eval, Memory, Optim, Packing, RunConfig, Save, Tune
+from lensmith.data.encode import Encoder
+from lensmith.data.source import read_samples
+from lensmith.evals.page import Example, Gallery, Line, describe_comparison, draw_loss_curve, render_page
+from lensmith.evals.predict import EvalResult, compare_results, evaluate_model
+from lensmith.evals.predict import Progress as EvalProgress
+from lensmith.evals.score import Score
+from lensmith.model.load import load_model
+from lensmith.model.versions import environment
+from lensmith.rundir import RunDir
+from lensmith.train.sft import TrainResult, train_model
+
+if TYPE_CHECKING:
+    from lensmith.train.progress import TrainProgress
+
+TEST_QUESTIONS = 1000
+"""Drawn by the seed from the 9,673 of the official test split."""
+SHOWN_WRONG, SHOWN_DRAWN = 12, 36
+"""Test pictures on the page: wrong after training, and drawn without looking."""
+SHAPES = frozenset({"circle", "rectangle", "triangle"})
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    before: Score
+    after: Score
+    train_s: float
+    """Training alone: without loading, evaluation and the page."""
+    samples_per_s: float
+    run: Path
+    page: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """What `lensmith demo --json` ends with."""
+        return {
+            "before": {"accuracy": self.before.value, "n": self.before.n},
+            "after": {"accuracy": self.after.value, "n": self.after.n},
+            "train_s": self.train_s,
+            "samples_per_s": self.samples_per_s,
+            "run": str(self.run),
+        }
+
+
+def run_demo(
+    *,
+    run: Path,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
+    train_progress: TrainProgress | None = None,
+    eval_progress: EvalProgress | None = None,
+    config: RunConfig | None = None,
+) -> DemoResult:
+    """Evaluate, train, evaluate again and write the page into the run folder.
+
+    Args:
+        run: where everything goes; where something is there already, a numbered folder beside it.
+        train_progress, eval_progress: handed to `train_model` and `evaluate_model`.
+        config: other settings than those of `demo_config`; its data, seed and run are replaced.
+    """
+    say = say or (lambda _: None)
+    folder = RunDir(unused_folder(run))
+    rows = Data(train=str(folder.path / "rows" / "train.jsonl"), test=str(folder.path / "rows" / "test.jsonl"))
+    config = (config or demo_config()).model_copy(update={"data": rows, "seed": seed, "run": folder.path})
+    # The folder must be a run before anything else is in it: training refuses to write into others.
+    folder.start(config, environment())
+    write_rows(folder.path / "rows", seed)
+
+    def evaluate(model: Any, processor: Any, when: str) -> EvalResult:
+        encoder = Encoder.from_processor(processor, config.data.image)
+        samples = read_samples(config.data, which="test")
+        keep = folder.predictions_path(when)
+        result = evaluate_model(model, encoder, processor, samples, config.eval, keep=keep, progress=eval_progress)
+        say(f"{when} training: {result.score} right, answered in {result.eval_s:.0f} s")
+        return result
+
+    base = load_model(config)
+    before = evaluate(base.model, base.processor, "before")
+    del base
+    trained = train_model(config, say=say, progress=train_progress)
+    after = evaluate(trained.model, trained.processor, "after")
+    page = write_report(folder, trained, before, after, seed)
+    say(describe_comparison(compare_results(before, after)))
+    return DemoResult(before.score, after.score, trained.train_s, trained.samples_per_s, folder.path, page)
+
+
+def demo_config() -> RunConfig:
+    """The demo's settings; docs/evaluation.md says what was tried."""
+    return RunConfig(
+        model="lensmith/tiny",
+        tune=Tune(method="lora", rank=32),
+        pack=Packing(tokens=4096, share_prefix=True),
+        optim=Optim(learning_rate=3e-3, epochs=2, effective_samples=128),
+        memory=Memory(recompute="none"),
+        eval=Eval(metric="normalised", samples=None, max_new_tokens=8, batch=128),
+        save=Save(keep=1),
+    )
+
+
+def unused_folder(run: Path) -> Path:
+    """`run` if nothing is there, else the first of run-2, run-3, ... that is free: nobody's run is overwritten."""
+    candidates = (run if number == 1 else run.with_name(f"{run.name}-{number}") for number in range(1, 10_000))
+    return next(folder for folder in candidates if not folder.exists() or not any(folder.iterdir()))
+
+
+def write_rows(folder: Path, seed: int) -> None:
+    """easy-VQA as train.jsonl and test.jsonl with image, question and answer: all training questions, the drawn test ones."""
+    import easy_vqa
+
+    folder.mkdir(parents=True, exist_ok=True)
+    train = _rows(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
+    test = _rows(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
+    drawn = sorted(random.Random(seed).sample(range(len(test)), TEST_QUESTIONS))
+    _write_jsonl(folder / "train.jsonl", train)
+    _write_jsonl(folder / "test.jsonl", [test[index] for index in drawn])
+
+
+def _rows(questions: tuple[list[str], list[str], list[int]], pictures: dict[int, str]) -> list[Row]:
+    return [
+        {"image": pictures[image], "question": question, "answer": answer}
+        for question, answer, image in zip(*questions, strict=True)
+    ]
+
+
+def _write_jsonl(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def write_report(folder: RunDir, trained: TrainResult, before: EvalResult, after: EvalResult, seed: int) -> Path:
+    """loss.png and page.html in the run folder; returns the page."""
+    metrics = folder.read_metrics()
+    curve = folder.path / "loss.png"
+    samples, losses = [step["samples"] for step in metrics], [step["loss"] for step in metrics]
+    draw_loss_curve(samples, losses, curve, title="Training loss: lensmith/tiny on easy-VQA")
+    examples = _examples(folder, before, after)
+    wrong = [example for example in examples if not example.right_after]
+    drawn = random.Random(seed).sample(examples, SHOWN_DRAWN)
+    page = folder.path / "page.html"
+    page.write_text(
+        render_page(
+            title=f"lensmith/tiny learned easy-VQA in {trained.train_s:.0f} seconds",
+            summary=(
+                f"{trained.samples:,} training questions in {trained.steps:,} steps, tested before and after on "
+                f"{len(examples):,} questions of the official test split, about pictures never trained on."
+            ),
+            facts={
+                "right answers": f"{before.score.value:.1%} → {after.score.value:.1%}",
+                "training": f"{trained.train_s:.0f} s",
+                "speed": f"{trained.samples_per_s:,.0f} questions/s",
+            },
+            table=_table(before, after),
+            comparison=compare_results(before, after),
+            curve=curve,
+            curve_text=f"The loss fell from {losses[0]:.2f} to {losses[-1]:.3f} nats per learned token.",
+            galleries=[
+                Gallery("A draw of the test questions", _count(SHOWN_DRAWN, len(examples), "drawn by the seed"), drawn),
+                Gallery("Still wrong", _count(SHOWN_WRONG, len(wrong), "wrong after training"), wrong[:SHOWN_WRONG]),
+            ],
+            footer=f"lensmith {version('lensmith')}, seed {seed}, {before.why}. All answers: predictions-*.jsonl.",
+        ),
+        encoding="utf-8",
+    )
+    return page
+
+
+def _count(most: int, there: int, which: str) -> str:
+    return f"All {there:,} {which}." if there <= most else f"{most} of {there:,}, {which}."
+
+
+def _examples(folder: RunDir, before: EvalResult, after: EvalResult) -> list[Example]:
+    """Every test question with its picture and both answers."""
+    with (folder.path / "rows" / "test.jsonl").open(encoding="utf-8") as lines:
+        pictures = [Path(json.loads(line)["image"]) for line in lines]
+    return [
+        Example(
+            picture, then.question, then.reference, then.answer, now.answer, before.is_right(then), before.is_right(now)
+        )
+        for picture, then, now in zip(pictures, before.predictions, after.predictions, strict=True)
+    ]
+
+
+def _table(before: EvalResult, after: EvalResult) -> list[Line]:
+    kinds = ("all questions", *sorted({kind_of(prediction.reference) for prediction in before.predictions}))
+    lines = []
+    for kind in kinds:
+        chosen = [
+            index
+            for index, prediction in enumerate(before.predictions)
+            if kind in ("all questions", kind_of(prediction.reference))
+        ]
+        lines.append(Line(kind, before.score_of(chosen), after.score_of(chosen)))
+    return lines
+
+
+def kind_of(answer: str) -> str:
+    """What an easy-VQA question asks for, from its right answer."""
+    if answer in ("yes", "no"):
+        return "yes or no"
+    return "which shape" if answer in SHAPES else "which colour"
