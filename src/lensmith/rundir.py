@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 STEP_NAME = re.compile(r"step-(\d{6,})")
+BEFORE_START = re.compile(r"predictions-.*\.jsonl|rows|checkpoints|\..*")
+"""What may stand in a run folder before the run starts: answers before training, the demo's rows, leftovers of a kill."""
 MAY_CHANGE = (
     "run",
     "optim.epochs",
@@ -87,17 +89,27 @@ class RunDir:
             )
         return run
 
+    def check_free(self) -> None:
+        """Make sure that the folder is a run's or may become one.
+
+        Raises:
+            RunError: it holds somebody's files and no run.
+        """
+        if self.exists or not self.path.is_dir():
+            return
+        if foreign := sorted(path.name for path in self.path.iterdir() if not BEFORE_START.fullmatch(path.name)):
+            raise RunError(
+                f"{self.path}: holds {', '.join(foreign[:3])} but no run, and is left alone. "
+                "Choose another folder: run=runs/another-name."
+            )
+
     def start(self, config: RunConfig, environment: Mapping[str, Any]) -> None:
         """Write the resolved config and the environment; on resuming, the newest ones.
 
         Raises:
             RunError: the folder holds something else than a run, or cannot be written to.
         """
-        if self.path.is_dir() and not self.exists and any(self.path.iterdir()):
-            found = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
-            raise RunError(
-                f"{self.path}: holds {found} but no run, and is left alone. Choose another folder: run=runs/another-name."
-            )
+        self.check_free()
         with naming_full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints_path.mkdir(exist_ok=True)

@@ -109,3 +109,46 @@ def _clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class CountProgress:
+    """A bar for work that is counted: `with CountProgress("answering") as answered: answered(done, total)`."""
+
+    def __init__(
+        self, what: str, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.what = what
+        self.console = console or Console(file=sys.stderr)
+        self.clock = clock
+        self.bar: Progress | None = None
+        self.said_at = clock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`; the bar comes with the first call and goes with the last."""
+        if self.console.is_terminal:
+            if self.bar is None:
+                self.bar = Progress(
+                    TextColumn(self.what), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(compact=True),
+                    console=self.console, transient=True,
+                )  # fmt: skip
+                self.bar.add_task(self.what, total=total)
+                self.bar.start()
+            self.bar.update(self.bar.task_ids[0], completed=done, total=total)
+            if done >= total:
+                self._close()
+        elif self.clock() - self.said_at >= LINE_EVERY_S:
+            self.said_at = self.clock()
+            self.console.print(f"{self.what} {done}/{total}", highlight=False, markup=False)
+
+    def _close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None

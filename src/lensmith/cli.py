@@ -1,0 +1,274 @@
+"""The verbs: parse, call, print, exit code. What they do is elsewhere and loads when a verb runs.
+
+A person reads stderr. With `--json`, stdout holds exactly one JSON object, also after an error. Exit codes: 0 done,
+1 the user can fix it (one sentence, no traceback), 2 a bug (always with its traceback).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lensmith.errors import ConfigError, Interrupted, LensmithError
+
+if TYPE_CHECKING:
+    from lensmith.config.tree import RunConfig
+
+DONE, USER_ERROR, BUG = 0, 1, 2
+YAML_SUFFIXES = {".yaml", ".yml"}
+# typer carries its own copy of click from 0.25 on; the parent of its public BadParameter is UsageError in both.
+UsageError: Any = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="Fine-tune Qwen3-VL on the GPU you have: images and answers in, a verified model out.",
+    epilog="Start with `lensmith demo`, then `lensmith train data.jsonl`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="A.B=C", help="Settings, such as tune.rank=32.")]
+Subject = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a model name.")]
+
+
+@app.command(epilog="Example: lensmith demo")
+def demo(
+    run: Annotated[Path, typer.Option(help="Folder for everything the demo leaves behind.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Draws the test questions, the order and the adapters.")] = 0,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Run the main job on the embedded tiny model and real data, in minutes, on any machine."""
+    from lensmith.demo import run_demo
+    from lensmith.train.progress import CountProgress, TrainProgress
+
+    with TrainProgress() as progress, CountProgress("answering") as answered:
+        result = run_demo(run=run, seed=seed, say=progress.say, train_progress=progress, eval_progress=answered)
+    return result.to_json()
+
+
+@app.command(epilog="Example: lensmith init data.jsonl")
+def init(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A data file, a folder with one, or a data set name.")],
+    to: Annotated[Path, typer.Option(help="The file to write; one that exists is never overwritten.")] = Path(
+        "run.yaml"
+    ),
+    json: Json = False,
+) -> dict[str, Any]:
+    """Write a commented starter run.yaml."""
+    from lensmith.config.starter import write_starter
+
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(write_starter(data))
+    except FileExistsError as cause:
+        raise ConfigError(
+            f"{to}: exists already and stays as it is. Write another one: lensmith init {data} --to other.yaml"
+        ) from cause
+    except FileNotFoundError as cause:
+        raise ConfigError(
+            f"{to}: there is no folder {to.parent}. Make it, or choose another file with --to."
+        ) from cause
+    _say(f"Wrote {to}. Read it, then: lensmith train {to}")
+    return {"wrote": str(to)}
+
+
+@app.command(epilog="Examples: lensmith train data.jsonl; lensmith train run.yaml tune.rank=32 run=runs/rank-32")
+def train(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN.YAML|DATA", help="Settings, or just data; a run folder resumes.")
+    ],
+    overrides: Overrides = None,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Fine-tune, and show what got better; resumes where the run folder exists."""
+    config = _read_settings(source, overrides or ())
+    if config.data.train is None:
+        raise ConfigError(
+            f"{source}: data.train is null, but training needs a data file. "
+            "Set it in the file, or add data.train=rows.jsonl to the command."
+        )
+    from lensmith.rundir import RunDir
+
+    if (run := RunDir(config.run)).exists:
+        _say(f"{run.path} exists: resuming it. For a new run, add run=runs/another-name.")
+    from lensmith.train.evaluate import train_and_compare
+    from lensmith.train.progress import CountProgress, TrainProgress
+
+    with TrainProgress() as progress, CountProgress("answering") as answered:
+        result = train_and_compare(config, say=progress.say, train_progress=progress, eval_progress=answered)
+    _say(f"Done: {result.run}. Look at it: lensmith show {result.run}")
+    return result.to_json()
+
+
+@app.command("eval", epilog="Examples: lensmith eval runs/sft; lensmith eval lensmith/tiny test.jsonl")
+def evaluate(
+    subject: Subject,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Questions; by default those the run held out.")
+    ] = None,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Answer questions and score the answers, before and after training, with intervals."""
+    from lensmith.train.evaluate import evaluate_subject
+    from lensmith.train.progress import CountProgress
+
+    with CountProgress("answering") as answered:
+        result = evaluate_subject(subject, data, say=_say, progress=answered)
+    return result.to_json()
+
+
+@app.command(epilog='Example: lensmith ask runs/sft receipt.png "What is the total?"')
+def ask(
+    subject: Subject,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION")],
+    json: Json = False,
+) -> dict[str, Any]:
+    """Ask one question about one image."""
+    from lensmith.train.evaluate import ask_subject
+
+    answer = ask_subject(subject, image, question, say=_say)
+    _say(answer)
+    return {"answer": answer}
+
+
+@app.command("config", epilog="Examples: lensmith config; lensmith config run.yaml tune.rank=32")
+def show_config(
+    source: Annotated[str | None, typer.Argument(metavar="RUN.YAML", help="By default the schema as a table.")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Print the resolved settings, or every setting there is."""
+    from lensmith.config.schema import list_settings
+    from lensmith.config.write import config_diff, dump_config, plain
+    from lensmith.screens import settings_table, write_default
+
+    if source is None:
+        _say(settings_table())
+        rows = [(s, write_default(s.path)) for s in list_settings()]
+        return {
+            "settings": [
+                {"path": s.path, "accepts": s.allowed, "default": default, "meaning": s.doc} for s, default in rows
+            ]
+        }
+    config = _read_settings(source, overrides or ())
+    _say(dump_config(config).rstrip())
+    return {"config": plain(config), "differs": config_diff(config)}
+
+
+@app.command(epilog="Example: lensmith show runs/sft")
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    json: Json = False,
+) -> dict[str, Any]:
+    """Show what was run: settings, curve, cost and answers."""
+    from lensmith.rundir import RunDir
+    from lensmith.screens import describe_run, run_screen
+
+    opened = RunDir.open(run)
+    for line in run_screen(opened):
+        _say(line)
+    return describe_run(opened)
+
+
+@app.command(epilog="Example: lensmith env")
+def env(json: Json = False) -> dict[str, Any]:
+    """Print versions, GPU and what runs on it and why; for bug reports."""
+    from lensmith.config.write import write_value
+    from lensmith.model.versions import environment
+
+    found = environment()
+    for name, value in found.items():
+        _say(f"{name}: {write_value(value)}")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. `argv` defaults to the command line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    wants_json = "--json" in arguments
+    # Libraries print where they like; stdout belongs to the one JSON object.
+    elsewhere = contextlib.redirect_stdout(sys.stderr) if wants_json and "--help" not in arguments else None
+    try:
+        with elsewhere or contextlib.nullcontext():
+            result = typer.main.get_command(app).main(arguments, prog_name="lensmith", standalone_mode=False)
+        code = result if isinstance(result, int) else DONE
+    except BaseException as error:  # noqa: BLE001 (the one place where every error becomes an exit code; bugs show all)
+        result, code = _report(error)
+    if wants_json and isinstance(result, dict) and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result, ensure_ascii=False, default=str))
+    return code
+
+
+def _report(error: BaseException) -> tuple[dict[str, Any], int]:
+    """Say what went wrong on stderr; returns the JSON object and the exit code."""
+    sentence = _explain(error)
+    if sentence is None:
+        traceback.print_exception(error, file=sys.stderr)
+        sentence = f"{type(error).__name__}: {error}"
+        print(
+            "\nThis is a bug in Lensmith. Please report it with the lines above and the output of `lensmith env`.",
+            file=sys.stderr,
+        )
+        return {"error": sentence, "exit_code": BUG}, BUG
+    print(sentence, file=sys.stderr)
+    return {"error": sentence, "exit_code": USER_ERROR}, USER_ERROR
+
+
+def _explain(error: BaseException) -> str | None:
+    """A sentence for what the user can mend; None for a bug."""
+    if isinstance(error, LensmithError):
+        return str(error)
+    if isinstance(error, UsageError):
+        usage: Any = error
+        verb = usage.ctx.command_path if usage.ctx else "lensmith"
+        return f"{verb}: {usage.format_message()} `{verb} --help` shows how."
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return str(Interrupted("Stopped by Ctrl-C before anything was saved. Start the same command again."))
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch for it
+        return (
+            f"GPU memory ran out: {str(error).splitlines()[0]} "
+            "Lower pack.tokens, keep memory.recompute=layers, or set tune.method=qlora."
+        )
+    from lensmith.rundir import explain_full_disk
+
+    return explain_full_disk(error, Path.cwd())
+
+
+def _read_settings(source: str, overrides: Sequence[str]) -> RunConfig:
+    """Settings from a YAML file, a run folder, a data file, or overrides alone."""
+    from lensmith.config.read import read_config
+    from lensmith.rundir import RunDir
+
+    path = Path(source)
+    folder = path.parent if path.name == "config.yaml" else path
+    if (run := RunDir(folder)).exists and run.environment_path.exists():
+        # The folder may have moved since, or be named from elsewhere.
+        return read_config(run.config_path, [f"run={folder}", *overrides])
+    if path.suffix in YAML_SUFFIXES:
+        return read_config(path, overrides)
+    if "=" in source and not path.exists():
+        return read_config(None, [source, *overrides])
+    return read_config(None, overrides, data=source)
+
+
+def _say(text: Any) -> None:
+    """For the person: stderr, once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from rich.console import Console
+
+    Console(file=sys.stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
