@@ -15,7 +15,7 @@ import torch
 from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError, ModelError
 from lensmith.model.names import TINY, not_loadable, read_architecture, resolve_model
-from lensmith.model.quant import check_quantised, is_quantised_checkpoint, quantisation, set_compute_dtype
+from lensmith.model.quant import check_quantised, is_quantised_checkpoint, quantisation, settle_linears
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLConfig, Qwen3VLProcessor
@@ -64,10 +64,9 @@ def load_model(config: RunConfig, *, device: torch.device | None = None) -> Load
         sentences += _check_four_bit(config, architecture, device, ready_made=ready_made)
     processor = load_processor(config.model)
     model = _load_weights(config, architecture, device, dtype)
-    if ready_made:
-        set_compute_dtype(model, dtype)
-    else:
+    if not ready_made:
         check_quantised(model, config.tune)
+    settle_linears(model, dtype)
     model.eval()
     return Loaded(model, processor, device, dtype, config.model, tuple(sentences))
 

@@ -96,11 +96,17 @@ def check_quantised(model: nn.Module, tune: Tune) -> None:
             )
 
 
-def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Widen 4-bit weights to `dtype` for each product, whatever the checkpoint's maker wrote (bf16, as a rule)."""
+def settle_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes every 4-bit linear compute in `dtype` and the same in training as in evaluation. Right after loading.
+
+    A ready-made checkpoint brings its maker's compute type (bf16, as a rule) also to cards without it. And on a CPU
+    with AVX512-BF16, bitsandbytes 0.50 repacks the weights in place at the first forward in eval mode: their scales are
+    rounded to bf16, so the model evaluated is another than the one trained, and widths that are no multiple of 64 fail.
+    """
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+            module.support_avx512bf16_for_cpu = False
