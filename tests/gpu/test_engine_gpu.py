@@ -98,7 +98,8 @@ def test_bf16_packs_are_as_close_to_fp32_as_stock_is(wide_config, samples, stock
     ours = -logprobs.sum() / len(logprobs)
     ours.backward()
     our_error = relative(gradients(model), exact)
-    print(f"loss fp32 {expected:.5f} stock bf16 {theirs:.5f} packed {ours:.5f}; gradient error {stock_error:.4f} {our_error:.4f}")
+    print(f"loss: fp32 {expected:.5f}, stock bf16 {theirs:.5f}, packed {ours:.5f}")
+    print(f"gradient error: stock {stock_error:.4f}, packed {our_error:.4f}")
     assert our_error <= NOT_WORSE * stock_error
     assert abs(float(ours - expected)) <= max(2 * abs(float(theirs - expected)), 2e-3)
 

@@ -91,15 +91,18 @@ def _plan_epoch(
 ) -> Iterator[Int[np.ndarray, " samples"]]:
     order = generator.permutation(len(scan.tokens))
     if share_prefix:
-        order = _gather_groups(order, scan.groups, scan.prefix_tokens, max(1, effective_samples // SAME_IMAGE_SHARE))
+        most = max(1, effective_samples // SAME_IMAGE_SHARE)
+        pieces = _gather_groups(order, scan.groups, scan.prefix_tokens, most)
+        # Shuffled once more: a piece stands where its first member stood, so rows without company would all come late.
+        order = np.array([sample for piece in generator.permutation(len(pieces)) for sample in pieces[piece]])
     cuts = effective_samples * np.arange(1, steps_per_epoch(len(order), effective_samples, world))
     yield from np.split(order, cuts)
 
 
 def _gather_groups(
     order: Int[np.ndarray, " samples"], groups: np.ndarray, prefix_tokens: np.ndarray, most: int
-) -> Int[np.ndarray, " samples"]:
-    """Move members of a group up to the first of them in a random order, at most `most` at a time."""
+) -> list[list[int]]:
+    """Samples of one group in pieces of at most `most`, each sample without a prefix in a piece of its own."""
     pieces: list[list[int]] = []
     open_piece: dict[int, list[int]] = {}
     for sample in order.tolist():
@@ -109,7 +112,7 @@ def _gather_groups(
             piece = open_piece[group] = []
             pieces.append(piece)
         piece.append(sample)
-    return np.array(list(itertools.chain.from_iterable(pieces)))
+    return pieces
 
 
 class StepDataset(Dataset[StepPacks]):

@@ -112,7 +112,7 @@ def train_and_compare(
     if before is None:
         return Compared(trained, None)
     keep = run.predictions_path("after")
-    after = _evaluate(config, trained.model, trained.processor, samples, keep, eval_progress)
+    after = _evaluate(config, trained.model, trained.processor, samples, keep=keep, progress=eval_progress)
     evaluated = Evaluated(before, after, keep)
     for sentence in evaluated.sentences():
         say(sentence)
@@ -135,10 +135,12 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
     before, keep = None, None
     model: Any = loaded.model
     if run.exists:
-        before = _evaluate(config, model, loaded.processor, samples, run.predictions_path(f"before{suffix}"), progress)
+        before = _evaluate(
+            config, model, loaded.processor, samples, keep=run.predictions_path(f"before{suffix}"), progress=progress
+        )
         say(f"Before training: {before.score}")
         model, keep = load_tuned(model, find_tuned(run.path)), run.predictions_path(f"after{suffix}")
-    after = _evaluate(config, model, loaded.processor, samples, keep, progress)
+    after = _evaluate(config, model, loaded.processor, samples, keep=keep, progress=progress)
     evaluated = Evaluated(before, after, keep)
     for sentence in evaluated.sentences():
         say(sentence)
@@ -208,11 +210,17 @@ def _answers_before(
         if [(p.where, p.question, p.reference) for p in kept] == [(s.where, s.question, s.answer) for s in samples]:
             return _rescore(config, kept)
     run.path.mkdir(parents=True, exist_ok=True)
-    return _evaluate(config, loaded.model, loaded.processor, samples, keep, progress)
+    return _evaluate(config, loaded.model, loaded.processor, samples, keep=keep, progress=progress)
 
 
 def _evaluate(
-    config: RunConfig, model: Any, processor: Any, samples: list[Sample], keep: Path | None, progress: Progress | None
+    config: RunConfig,
+    model: Any,
+    processor: Any,
+    samples: list[Sample],
+    *,
+    keep: Path | None,
+    progress: Progress | None,
 ) -> EvalResult:
     encoder = Encoder.from_processor(processor, config.data.image)
     return evaluate_model(model, encoder, processor, samples, config.eval, keep=keep, progress=progress)

@@ -20,7 +20,7 @@ from lensmith.config.tree import RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.data.images import write_policy
 from lensmith.data.loader import StepDataset, StepPlan, choose_workers, plan_steps, step_loader
-from lensmith.data.scan import Scan, hold_out, scan_source
+from lensmith.data.scan import hold_out, scan_source
 from lensmith.data.source import open_source
 from lensmith.errors import Interrupted, ModelError
 from lensmith.model.adapters import TUNED_FOLDER, check_tune, prepare_trainable, save_tuned
@@ -78,7 +78,7 @@ def train_model(
     for sentence in loaded.sentences:
         say(sentence)
     share_prefix = _shares_prefix(config, say)
-    scan, plan, dataset = prepare_data(config, loaded, share_prefix=share_prefix, say=say)
+    plan, dataset = prepare_data(config, loaded, share_prefix=share_prefix, say=say)
     model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
     say(census_table(take_census(model)))
     if resume is None and config.pack.check_packs:
@@ -92,7 +92,7 @@ def train_model(
 
 def prepare_data(
     config: RunConfig, loaded: Loaded, *, share_prefix: bool, say: Callable[[str], None]
-) -> tuple[Scan, StepPlan, StepDataset]:
+) -> tuple[StepPlan, StepDataset]:
     """Read every row once, decide which train in which step, and say so."""
     encoder = Encoder.from_processor(loaded.processor, config.data.image)
     source = open_source(config.data, encoder, which="train")
@@ -136,7 +136,7 @@ def prepare_data(
         f"{len(plan.steps)} steps of {config.optim.effective_samples} samples, {plan.per_epoch} an epoch, in packs of at "
         f"most {budget} tokens; the first step is {len(dataset.members(0))} packs."
     )
-    return scan, plan, dataset
+    return plan, dataset
 
 
 def _shares_prefix(config: RunConfig, say: Callable[[str], None]) -> bool:
