@@ -4,7 +4,7 @@ UV_VERSION = 0.13.9
 STAMP = .venv/.synced
 BIN = .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python tools/write_docs.py --check
+
+docs: setup
+	$(BIN)/python tools/write_docs.py
 
 clean:
 	rm -rf .venv

@@ -300,6 +300,7 @@ def test_every_setting_is_described_in_words():
     settings = list_settings()
     assert len(settings) > 50
     for setting in settings:
+        assert setting.doc, f"{setting.path} has no docstring in config/tree.py"
         assert setting.allowed
         assert "typing" not in setting.allowed
         assert "<" not in setting.allowed

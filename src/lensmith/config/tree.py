@@ -22,9 +22,13 @@ class Columns(Section):
     """Which columns of a table hold what. Null: guessed from the names, and said."""
 
     image: str | None = None
+    """A path, encoded bytes or base64; a list where a row has several."""
     question: str | None = None
+    """What the user says."""
     answer: str | None = None
+    """What the model learns to say."""
     system: str | None = None
+    """A system turn before the question."""
 
 
 class Images(Section):
@@ -65,6 +69,7 @@ class Data(Section):
 
 class Tune(Section):
     method: Literal["lora", "qlora", "full"] = "lora"
+    """Adapters beside 16-bit weights, adapters beside 4-bit weights, or the weights themselves."""
     language: State = "adapted"
     """The decoder: frozen, adapted (LoRA) or trained (its own weights)."""
     attention: bool = True
@@ -72,15 +77,19 @@ class Tune(Section):
     mlp: bool = True
     """Whether `language` covers the gate, up and down projections."""
     vision: State = "frozen"
+    """The image tower; frozen, it runs without a graph."""
     merger: State = "frozen"
     """The projector from tower to decoder, with the deepstack mergers."""
     rank: Annotated[int, Field(ge=1)] = 16
+    """Width of each adapter."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """LoRA scale is alpha / rank (alpha / sqrt(rank) with rslora). Null: 2 x rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Adapter dropout. Above 0 it turns prefix sharing off, because branches would need masks of their own."""
     rslora: bool = False
+    """Scales by the square root of the rank, for ranks of 64 and more (arXiv:2312.03732)."""
     dora: bool = False
+    """Learns the size of each weight column apart from its direction; slower (arXiv:2402.09353)."""
     quantise_vision: bool = False
     """With qlora, whether the tower and mergers are stored in 4 bits too. They are small and lose the most."""
     start_from: str | None = None
@@ -108,14 +117,17 @@ class Optim(Section):
     merger_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Null: learning_rate."""
     epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training rows."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides epochs."""
     effective_samples: Annotated[int, Field(ge=1)] = 16
     """Samples per optimizer step, over all packs and processes."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from its peak to the end."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's pull towards zero; never on norms, biases and other 1-d parameters."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Null: no clipping."""
 
@@ -127,23 +139,29 @@ class Memory(Section):
 
 class Eval(Section):
     metric: Literal["auto", "exact", "normalised"] = "auto"
+    """Equal texts, or equal after VQA normalisation (case, punctuation, articles). auto: guessed from the answers, and said."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Answers the held-out questions every so many steps. Null: only before and after."""
     samples: Annotated[int, Field(ge=1)] | None = 500
     """At most this many held-out samples, drawn by the seed. Null: all."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """Longer answers are cut, and counted."""
     batch: Annotated[int, Field(ge=1)] = 32
+    """Questions answered together."""
 
 
 class Log(Section):
     every_steps: Annotated[int, Field(ge=1)] = 1
+    """How often the loggers below are told; metrics.jsonl has every step."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Loggers besides metrics.jsonl; wandb and trackio come with the extras of that name."""
 
 
 class Save(Section):
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Null: at the end of each epoch."""
     keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept; the newest ones."""
 
 
 class RunConfig(Section):
@@ -152,6 +170,7 @@ class RunConfig(Section):
     model: str = "lensmith/tiny"
     """A name such as Qwen/Qwen3-VL-8B-Instruct, a local folder, or the embedded lensmith/tiny."""
     task: Literal["sft"] = "sft"
+    """Supervised fine-tuning."""
     data: Data = Data()
     tune: Tune = Tune()
     pack: Packing = Packing()
@@ -163,5 +182,6 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the GPU has it, fp16 with a loss scaler on older ones, fp32 on a CPU."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Draws the order, the held-out share, adapters and the questions asked."""
     run: Path = Path("runs/sft")
     """The folder for everything this run leaves behind; an existing one is resumed."""

@@ -1,0 +1,79 @@
+"""The README's table of measured numbers, from benchmarks/results/*.json; what nobody measured stays a visible hole.
+
+A result file holds one object, or a list of them, with at least `name`, `what`, `value`, `unit`, `gpu_or_cpu`,
+`versions`, `commit`, `command` and `date`. `tools/write_docs.py` writes the table and CI compares.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+NEEDED = ("name", "what", "value", "unit", "gpu_or_cpu", "versions", "commit", "command", "date")
+START, END = "<!-- measured -->", "<!-- /measured -->"
+HOLE = "not measured yet"
+
+# Name of a result -> what it is, for the table while nobody has measured it. Order of the table.
+ROWS = {
+    "demo-accuracy-before": "`lensmith demo`: easy-VQA test accuracy before",
+    "demo-accuracy-after": "`lensmith demo`: easy-VQA test accuracy after",
+    "demo-train-s": "`lensmith demo`: training alone, on two CPU cores",
+    "demo-samples-per-s": "`lensmith demo`: speed on two CPU cores",
+    "demo-samples-per-s-trl": "the same job with stock TRL at its best batch size",
+    "w1-8b-qlora-recompute-layers": "Qwen3-VL-8B QLoRA, 8 samples of 256 to 1,200 image tokens a step, with recompute",
+    "w1-8b-qlora-recompute-none": "the same without recompute",
+    "w1-8b-qlora-unsloth": "the same with Unsloth",
+    "w1-8b-qlora-trl": "the same with stock TRL",
+}
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Name -> newest result of that name.
+
+    Raises:
+        ValueError: a result lacks something that a reader needs in order to repeat it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for result in content if isinstance(content, list) else [content]:
+            if missing := [name for name in NEEDED if name not in result]:
+                raise ValueError(
+                    f"{path.name}: lacks {', '.join(missing)}; see benchmarks/table.py for what a result holds"
+                )
+            known = found.get(result["name"])
+            if known is None or result["date"] >= known["date"]:
+                found[result["name"]] = {**result, "file": f"benchmarks/results/{path.name}"}
+    return found
+
+
+def draw_table(results: dict[str, dict[str, Any]]) -> str:
+    """The table in Markdown: one line per row of ROWS, then whatever else was measured."""
+    lines = ["| What | Measured | On | Result |", "|---|--:|---|---|"]
+    for name, what in ROWS.items():
+        lines.append(_row(what, results[name]) if name in results else f"| {what} | {HOLE} | | |")
+    lines += [_row(result["what"], result) for name, result in results.items() if name not in ROWS]
+    return "\n".join(lines)
+
+
+def fill_table(page: str) -> str:
+    """A page with the table between its two marks brought up to date.
+
+    Raises:
+        ValueError: the page lacks one of the marks.
+    """
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"the page must hold {START} and {END} around the table")
+    return f"{before}{START}\n{draw_table(read_results())}\n{END}{after}"
+
+
+def _row(what: str, result: dict[str, Any]) -> str:
+    value, unit = result["value"], result["unit"]
+    shown = f"{value:.1%}" if unit == "share" else f"{value:,.4g} {unit}"
+    reserved = f", {result['peak_reserved_gib']:.1f} GiB reserved" if "peak_reserved_gib" in result else ""
+    link = f"[{result['date']}]({result['file']})"
+    return f"| {what} | {shown}{reserved} | {str(result['gpu_or_cpu']).replace('|', '/')} | {link} |"

@@ -1,0 +1,111 @@
+"""Writes docs/cli.md, docs/config.md and README.md's table from the code; `--check` only compares, for CI.
+
+python tools/write_docs.py
+python tools/write_docs.py --check
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.table import fill_table  # noqa: E402
+
+from lensmith.cli import app  # noqa: E402
+from lensmith.config.rules import CONTRADICTIONS, WITHOUT_EFFECT  # noqa: E402
+from lensmith.config.schema import describe_section, list_sections, list_settings  # noqa: E402
+from lensmith.screens import write_default  # noqa: E402
+
+GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
+
+
+def cli_page() -> str:
+    """Every verb with its arguments, flags and example, from the typer app."""
+    group: Any = typer.main.get_command(app)
+    lines = [
+        "# Command line\n",
+        GENERATED,
+        "Every verb prints for a person on stderr; with `--json`, stdout holds exactly one JSON object, also after an",
+        'error (`{"error": "...", "exit_code": 1}`). Exit codes: 0 done, 1 you can fix it (one sentence, no traceback),',
+        "2 a bug in Lensmith (always with its traceback). How to train is said in [settings](config.md), not in flags.\n",
+    ]
+    for name, verb in group.commands.items():
+        lines += [f"## lensmith {name}\n", f"{verb.help.strip()}\n"]
+        lines += [f"| {'Argument or flag'} | Meaning | Default |", "|---|---|---|"]
+        lines += list(_parameters(verb))
+        lines += ["", f"{verb.epilog.replace('Example: ', '').replace('Examples: ', '')}"]
+        examples = lines.pop().split("; ")
+        lines += ["```console", *(f"$ {example}" for example in examples), "```\n"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _parameters(verb: Any) -> Iterator[str]:
+    for parameter in verb.params:
+        if parameter.param_type_name == "argument":
+            name = parameter.metavar or parameter.name.upper()
+            default = "required" if parameter.required else ""
+        else:
+            name = parameter.opts[0]
+            default = "" if parameter.is_flag else f"`{parameter.default}`"
+        if name != "--help":
+            yield f"| `{name.replace('|', chr(92) + '|')}` | {getattr(parameter, 'help', None) or ''} | {default} |"
+
+
+def config_page() -> str:
+    """Every setting, section by section, from the config tree."""
+    lines = [
+        "# Settings\n",
+        GENERATED,
+        "Settings stand in a YAML file, or on the command line as `section.name=value`, which wins. YAML is read as",
+        "version 1.2: `2e-4` is a number, `no` is a word. Relative paths in a file start from the file's folder, then from",
+        "the current one; `run` from the current one. An unknown setting, a wrong type, a setting that has no effect",
+        f"({len(WITHOUT_EFFECT)} rules) or two that contradict ({len(CONTRADICTIONS)} rules) stop the run before anything",
+        "is loaded, all in one message. The resolved settings are in the run folder as `config.yaml`.\n",
+    ]
+    for section in list_sections():
+        settings = [s for s in list_settings() if s.path.rpartition(".")[0] == section]
+        if settings:
+            lines.append(f"## {section or 'the run'}\n")
+            lines += [text + "\n" for text in [describe_section(section)] if text and section]
+            lines += ["| Setting | Accepts | Default | Meaning |", "|---|---|---|---|"]
+            lines += [
+                f"| `{s.path}` | {s.allowed} | `{write_default(s.path)}` | {s.doc.replace('|', chr(92) + '|')} |"
+                for s in settings
+            ]
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """Path -> what it must hold."""
+    readme = REPOSITORY / "README.md"
+    return {
+        REPOSITORY / "docs" / "cli.md": cli_page(),
+        REPOSITORY / "docs" / "config.md": config_page(),
+        readme: fill_table(readme.read_text(encoding="utf-8")),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or with --check say which are not current and return 1."""
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    names = ", ".join(str(path.relative_to(REPOSITORY)) for path in stale)
+    if "--check" in arguments:
+        if stale:
+            print(f"not current: {names}. Run: python tools/write_docs.py", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(pages()[path], encoding="utf-8")
+    print(f"wrote {names}" if stale else "all pages are current")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
