@@ -164,8 +164,9 @@ def _lora_config(tune: Tune, pattern: str) -> LoraConfig:
 
 def _add_adapter(model: nn.Module, config: LoraConfig, base_dtype: torch.dtype, *, seed: int) -> PeftModel:
     """PEFT around the model, its linears exchanged for AdapterLinear; the one place that knows PEFT's layers."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # PEFT's initialisation takes no generator
+    with torch.random.fork_rng(devices=[]):
+        # PEFT's initialisation takes no generator. It draws on the CPU, then moves: the same on every device.
+        torch.default_generator.manual_seed(seed)
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
     dtype = adapter_dtype(base_dtype)
     for layer in tuned.modules():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError, ModelError
@@ -185,12 +186,13 @@ def _load_weights(config: RunConfig, architecture: Qwen3VLConfig, device: torch.
         "dtype": dtype,
         "device_map": {"": device},  # straight to where it is used, so the host never holds all of it
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # only to be told of them below, by name
     }
     if (quant := quantisation(config.tune, architecture, dtype=dtype)) is not None:
         arguments["quantization_config"] = quant
     try:
         loaded: Any = Engine.from_pretrained(resolve_model(config.model), **arguments)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         if os.path.isdir(resolve_model(config.model)):  # noqa: PTH112  a folder name, not yet a Path
             raise ModelError(
                 f"model={config.model}: its weights could not be read: {_first_line(cause)} "
@@ -202,6 +204,12 @@ def _load_weights(config: RunConfig, architecture: Qwen3VLConfig, device: torch.
         raise ModelError(
             f"model={config.model}: {len(missing)} weights are not in its files, first {missing[0]}; they would be "
             "random numbers. The copy is incomplete, or of another kind of model: download it again."
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise ModelError(
+            f"model={config.model}: {name} is {list(stored)} in its weights and {list(expected)} by its config.json; "
+            "the two are of different models. Copy both from the same place."
         )
     if config.model == TINY:
         model.name_or_path = TINY  # so that an adapter names its base, not a path on this machine

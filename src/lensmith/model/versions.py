@@ -10,9 +10,12 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lensmith.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKED = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 """The libraries whose insides we touch; a version outside the tested range can train wrongly without an error."""
@@ -119,6 +122,10 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
+    from lensmith.model.load import choose_device, choose_precision
+
+    device = choose_device()
+    dtype = choose_precision("auto", device)
     notes = []
     if own_requirements() is None:
         notes.append("lensmith is not installed as a package here, so the versions were not checked.")
@@ -139,34 +146,36 @@ def environment() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": gpus,
-        "precision": _choice_of_precision(),
-        "kernels": _kernels(),
+        "precision": str(dtype).removeprefix("torch."),
+        "kernels": _kernels(device, dtype),
         "notes": notes,
     }
 
 
-def _choice_of_precision() -> str:
-    from lensmith.model.load import choose_device, choose_precision
-
-    return str(choose_precision("auto", choose_device())).removeprefix("torch.")
-
-
-def _kernels() -> dict[str, dict[str, str]]:
+def _kernels(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str]]:
     """What runs faster here than plain torch, and why or why not."""
-    import torch
+    from lensmith.model.attention import varlen_available
+    from lensmith.model.kernels import liger_available
 
-    has_gpu = torch.cuda.is_available()
-    liger = installed_versions(["liger-kernel"])["liger-kernel"]
-    fused = {"chosen": "torch", "why": "no GPU; Triton kernels need one"}
-    if has_gpu and liger:
-        fused = {"chosen": f"liger {liger}", "why": "a GPU, and liger-kernel is installed"}
-    elif has_gpu:
-        fused = {"chosen": "torch", "why": "liger-kernel is not installed"}
-    four_bit = installed_versions(["bitsandbytes"])["bitsandbytes"]
+    installed = installed_versions(["liger-kernel", "bitsandbytes"])
+    liger, four_bit = installed["liger-kernel"], installed["bitsandbytes"]
+    if device.type != "cuda":
+        return {
+            "attention": {"chosen": "torch scaled_dot_product_attention", "why": "no GPU"},
+            "norms_rope_mlp": {"chosen": "torch", "why": "no GPU; Triton kernels need one"},
+            "four_bit": {"chosen": f"bitsandbytes {four_bit}", "why": "its CPU kernels: for tiny models only"},
+        }
+    varlen, fused = varlen_available(device, dtype), liger_available()
     return {
-        "norms_rope_mlp": fused,
-        "four_bit": {
-            "chosen": f"bitsandbytes {four_bit}" if four_bit else "none",
-            "why": "its CUDA kernels" if has_gpu else "its CPU kernels: for tiny models only",
+        "attention": {
+            "chosen": "torch variable-length flash" if varlen else "torch scaled_dot_product_attention, in buckets",
+            "why": "16-bit type, compute capability 8.0 or newer"
+            if varlen
+            else "needs a 16-bit type and capability 8.0",
         },
+        "norms_rope_mlp": {
+            "chosen": f"liger-kernel {liger}" if fused else "torch",
+            "why": "a GPU, and it can be imported" if fused else "liger-kernel cannot be imported",
+        },
+        "four_bit": {"chosen": f"bitsandbytes {four_bit}", "why": "its CUDA kernels"},
     }
