@@ -1,0 +1,260 @@
+"""From a row to a checked sample: who says what, with which pictures where.
+
+Three layouts are understood: chat `messages`, ShareGPT and LLaVA `conversations`, and tables with a column each for
+image, question and answer. What is wrong with a row is a RowError that names the row, both values and the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+from lensmith.data.layout import Layout, guess_layout
+from lensmith.data.refs import RefReader
+from lensmith.errors import RowError
+from lensmith.types import ImageMark, ImageRef, Message, Part, Role, Row, Sample, Text
+
+__all__ = ["Layout", "RowError", "guess_layout", "to_sample"]
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+"""The words for who speaks, in chat formats and in ShareGPT's."""
+
+MARK = "<image>"
+AROUND_MARKS = re.compile(rf"\n*{MARK}\n*")
+"""LLaVA writes `<image>` on a line of its own; Qwen3-VL reads the question right behind the picture."""
+PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
+
+Draft = Text | ImageRef | Literal["mark"]
+"""A part before the pictures of the row's own columns are put in the place of its marks."""
+
+Turn = tuple[Role, list[Draft]]
+
+
+def to_sample(row: Row, layout: Layout, *, image_root: Path, allow_urls: bool = False) -> Sample:
+    """Checked messages and the pictures they mention; files are looked for, not opened.
+
+    Pictures go where the row marks them (`<image>` in the text, or a part of type image without a picture of its own);
+    a row without any mark has them in front of its first question.
+
+    Raises:
+        RowError: with one of the codes of `lensmith.errors.RowCode`.
+    """
+    draft = _Draft(row, layout, RefReader(Path(os.path.abspath(image_root)), allow_urls))  # noqa: PTH100, see RefReader
+    turns: list[Turn] = [(role, draft.parts(content)) for role, content in _turns(row, layout)]
+    draft.place(turns)
+    _check_turns(row, turns)
+    images: list[ImageRef] = []
+    messages = []
+    for role, parts in turns:
+        done: list[Part] = []
+        for part in parts:
+            if isinstance(part, ImageRef):
+                done.append(ImageMark(len(images)))
+                images.append(part)
+            else:
+                done.append(cast("Text", part))
+        messages.append(Message(role, tuple(done)))
+    others = {name: value for name, value in row.fields.items() if name not in layout.used}
+    return Sample(row.where, tuple(messages), tuple(images), others)
+
+
+class _Draft:
+    """Turns one row's contents into parts, and remembers what its columns list."""
+
+    def __init__(self, row: Row, layout: Layout, refs: RefReader) -> None:
+        self.row, self.refs = row, refs
+        self.listed = [ref for column in layout.image for ref in refs.read(row.fields.get(column), row.where)]
+        self.columns = " and ".join(repr(column) for column in layout.image) or "'images'"
+        # Where pictures never stand in a column, `<image>` in a text is just text; so it is beside image parts.
+        self.reads_marks = bool(layout.image) or layout.kind == "conversations"
+        self.has_image_parts = False
+
+    def parts(self, content: Any) -> list[Draft]:
+        """One turn's content: a text, or a list of texts and parts."""
+        if content is None:
+            return []
+        if isinstance(content, Mapping):
+            content = [content]
+        if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+            return [part for item in content for part in self._part(item)]
+        return [Text(text)] if (text := _text_of(content, self.row)) else []
+
+    def _part(self, item: Any) -> list[Draft]:
+        if isinstance(item, str):
+            return [Text(item)] if item else []
+        if not isinstance(item, Mapping):
+            self._malformed(f"a part of a message is a {type(item).__name__}")
+        kind = item.get("type") or ("text" if item.get("text") is not None else "image")
+        if kind == "text":
+            text = item.get("text") or ""
+            return [Text(text)] if text else []
+        if kind not in ("image", "image_url"):
+            self._malformed(f"a part of a message has the type {kind!r}")
+        self.has_image_parts = True
+        payload = next((item[key] for key in PICTURE_KEYS if item.get(key) is not None), None)
+        return list(self.refs.read(payload, self.row.where)) if payload is not None else ["mark"]
+
+    def _malformed(self, what: str) -> NoReturn:
+        raise RowError(
+            self.row.where, "malformed_row", f"{what}; Lensmith reads parts of type text, image and image_url."
+        )
+
+    def place(self, turns: list[Turn]) -> None:
+        """Put the listed pictures where the marks are, or in front of the first question."""
+        if self.reads_marks and not self.has_image_parts:
+            for role, parts in turns:
+                if role == "user":
+                    parts[:] = [piece for part in parts for piece in _split_marks(part)]
+        num_marks = sum(part == "mark" for _, parts in turns for part in parts)
+        if num_marks == 0 and self.listed:
+            self._place_in_front(turns)
+            return
+        if num_marks != len(self.listed):
+            kind = "image parts without a picture" if self.has_image_parts else f"{MARK} marks in the text"
+            more = (
+                "Remove a path or add a mark"
+                if num_marks < len(self.listed)
+                else "Add the missing path or remove a mark"
+            )
+            raise RowError(
+                self.row.where,
+                "marks_mismatch",
+                f"{num_marks} {kind} but {len(self.listed)} images listed in {self.columns}. {more}; "
+                "to leave such rows out, set data.on_bad_row=skip.",
+            )
+        pictures = iter(self.listed)
+        for _, parts in turns:
+            parts[:] = [next(pictures) if part == "mark" else part for part in parts]
+
+    def _place_in_front(self, turns: list[Turn]) -> None:
+        inline = sum(isinstance(part, ImageRef) for _, parts in turns for part in parts)
+        if inline:
+            raise RowError(
+                self.row.where,
+                "marks_mismatch",
+                f"the messages hold {inline} images themselves and {self.columns} lists {len(self.listed)} more, "
+                "with no mark for them. Remove one of the two.",
+            )
+        first = next((parts for role, parts in turns if role == "user"), None)
+        if first is not None:
+            first[:0] = self.listed
+
+
+def _split_marks(part: Draft) -> list[Draft]:
+    if not isinstance(part, Text) or MARK not in part.text:
+        return [part]
+    pieces: list[Draft] = []
+    for number, text in enumerate(AROUND_MARKS.split(part.text)):
+        if number:
+            pieces.append("mark")
+        if text:
+            pieces.append(Text(text))
+    return pieces
+
+
+def _turns(row: Row, layout: Layout) -> list[tuple[Role, Any]]:
+    """Who says what, in order; contents as found."""
+    system = row.fields.get(layout.system) if layout.system else None
+    opening: list[tuple[Role, Any]] = [("system", system)] if _text_of(system, row).strip() else []
+    if layout.kind == "table":
+        question = _text_of(row.fields.get(layout.question), row) if layout.question else ""
+        answer = _text_of(row.fields.get(layout.answer or ""), row)
+        return [*opening, ("user", question), ("assistant", answer)]
+    turns = [_turn(row, number, turn) for number, turn in enumerate(_chat(row, layout.chat or ""), 1)]
+    if opening and turns[0][0] == "system":
+        raise RowError(
+            row.where,
+            "malformed_row",
+            f"a system text stands both in {layout.system!r} and in {layout.chat!r}; keep one of the two.",
+        )
+    return opening + turns
+
+
+def _chat(row: Row, column: str) -> list[Any]:
+    value = row.fields.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as cause:
+            raise RowError(row.where, "malformed_row", f"{column!r} is a text but not JSON ({cause.msg}).") from cause
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+        found = "no turns" if not value else f"a {type(value).__name__}"
+        raise RowError(row.where, "malformed_row", f"{column!r} holds {found}; it must be a list of turns.")
+    return list(value)
+
+
+def _turn(row: Row, number: int, turn: Any) -> tuple[Role, Any]:
+    if not isinstance(turn, Mapping) or not (turn.get("role") or turn.get("from")):
+        raise RowError(
+            row.where,
+            "malformed_row",
+            f"turn {number} does not say who speaks; write it as "
+            '{"role": "user", "content": ...} or {"from": "human", "value": ...}.',
+        )
+    name = turn.get("role") or turn.get("from")
+    role = ROLES.get(str(name).lower())
+    if role is None:
+        raise RowError(
+            row.where,
+            "unknown_role",
+            f"turn {number} is spoken by {name!r}, but roles are {', '.join(ROLES)}; rename it.",
+        )
+    return role, turn["content"] if turn.get("content") is not None else turn.get("value")
+
+
+def _text_of(value: Any, row: Row) -> str:
+    """A cell as text: numbers as they are written, nothing for null."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise RowError(
+        row.where,
+        "malformed_row",
+        f"a {type(value).__name__} stands where one text should; choose another column with data.columns, or flatten it.",
+    )
+
+
+def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
+    """Raise RowError for turns that cannot be learned from, or that the model would not see."""
+    roles = [role for role, _ in turns]
+    if "assistant" not in roles:
+        raise RowError(row.where, "no_answer", f"{len(roles)} turns but none by the assistant, so nothing to learn.")
+    if "user" not in roles[: roles.index("assistant")]:
+        raise RowError(row.where, "empty_question", "the assistant speaks before any user turn; add the question.")
+    if "system" in roles[1:]:
+        # Qwen3-VL's template drops a system turn anywhere else without a word.
+        raise RowError(
+            row.where,
+            "malformed_row",
+            f"turn {roles.index('system', 1) + 1} is a system turn; only the first can be one.",
+        )
+    for number, (role, parts) in enumerate(turns, 1):
+        text = "".join(part.text for part in parts if isinstance(part, Text))
+        has_image = any(isinstance(part, ImageRef) for part in parts)
+        if role != "user" and has_image:
+            raise RowError(
+                row.where,
+                "marks_mismatch",
+                f"turn {number} is by the {role} and holds an image, but Qwen3-VL sees images in user turns only; "
+                "move it there.",
+            )
+        if role == "assistant" and not text.strip():
+            raise RowError(
+                row.where,
+                "empty_answer",
+                f"the answer in turn {number} is empty ({len(text)} characters of white space); write it or remove the row.",
+            )
+        if role == "user" and not text.strip() and not has_image:
+            raise RowError(row.where, "empty_question", f"turn {number} holds neither text nor an image; remove it.")
