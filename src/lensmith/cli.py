@@ -130,7 +130,7 @@ def evaluate(
 def ask(
     subject: Subject,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
-    question: Annotated[str, typer.Argument(metavar="QUESTION")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     json: Json = False,
 ) -> dict[str, Any]:
     """Ask one question about one image."""

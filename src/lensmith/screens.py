@@ -24,9 +24,9 @@ ANSWER_COLUMNS = 60
 
 def settings_table() -> Table:
     """Every setting with what it accepts, its default and its meaning."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("setting", "accepts", "default", "meaning", box=None, pad_edge=False)
+    table = Table(Column("setting", no_wrap=True), "accepts", "default", "meaning", box=None, pad_edge=False)
     for setting in list_settings():
         table.add_row(setting.path, setting.allowed, write_default(setting.path), setting.doc)
     return table
