@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_callback import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lensmith.data.loader import StepPacks
 from lensmith.model.adapters import TUNED_FOLDER, kept_values, restore_tuned, save_tuned
