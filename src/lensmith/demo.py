@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lensmith.config.tree import Data, Eval, Memory, Optim, Packing, RunConfig, Save, Tune
-from lensmith.data.encode import Encoder
-from lensmith.data.source import read_samples
-from lensmith.evals.page import Example, Gallery, Line, describe_comparison, draw_loss_curve, render_page
-from lensmith.evals.predict import EvalResult, compare_results, evaluate_model
+from lensmith.evals.page import Example, Gallery, Line, draw_loss_curve, render_page
+from lensmith.evals.predict import EvalResult, compare_results
 from lensmith.evals.predict import Progress as EvalProgress
 from lensmith.evals.score import Score
-from lensmith.model.load import load_model
-from lensmith.model.versions import environment
 from lensmith.rundir import RunDir
-from lensmith.train.sft import TrainResult, train_model
+from lensmith.train.evaluate import Compared, train_and_compare
 
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
@@ -77,29 +73,15 @@ def run_demo(
         config: other settings than those of `demo_config`; its data, seed and run are replaced.
     """
     say = say or (lambda _: None)
-    folder = RunDir(unused_folder(run))
-    rows = Data(train=str(folder.path / "rows" / "train.jsonl"), test=str(folder.path / "rows" / "test.jsonl"))
-    config = (config or demo_config()).model_copy(update={"data": rows, "seed": seed, "run": folder.path})
-    # The folder must be a run before anything else is in it: training refuses to write into others.
-    folder.start(config, environment())
-    write_rows(folder.path / "rows", seed)
-
-    def evaluate(model: Any, processor: Any, when: str) -> EvalResult:
-        encoder = Encoder.from_processor(processor, config.data.image)
-        samples = read_samples(config.data, which="test")
-        keep = folder.predictions_path(when)
-        result = evaluate_model(model, encoder, processor, samples, config.eval, keep=keep, progress=eval_progress)
-        say(f"{when} training: {result.score} right, answered in {result.eval_s:.0f} s")
-        return result
-
-    base = load_model(config)
-    before = evaluate(base.model, base.processor, "before")
-    del base
-    trained = train_model(config, say=say, progress=train_progress)
-    after = evaluate(trained.model, trained.processor, "after")
-    page = write_report(folder, trained, before, after, seed)
-    say(describe_comparison(compare_results(before, after)))
-    return DemoResult(before.score, after.score, trained.train_s, trained.samples_per_s, folder.path, page)
+    run = unused_folder(run)
+    train, test = write_rows(run / "rows", seed)
+    data = Data(train=str(train), test=str(test))
+    config = (config or demo_config()).model_copy(update={"data": data, "seed": seed, "run": run})
+    compared = train_and_compare(config, say=say, train_progress=train_progress, eval_progress=eval_progress)
+    page = write_report(RunDir(run), test, compared, seed)
+    say(f"Pictures, questions and answers before and after: {page}")
+    before, after = _both(compared)
+    return DemoResult(before.score, after.score, compared.trained.train_s, compared.trained.samples_per_s, run, page)
 
 
 def demo_config() -> RunConfig:
@@ -121,7 +103,7 @@ def unused_folder(run: Path) -> Path:
     return next(folder for folder in candidates if not folder.exists() or not any(folder.iterdir()))
 
 
-def write_rows(folder: Path, seed: int) -> None:
+def write_rows(folder: Path, seed: int) -> tuple[Path, Path]:
     """easy-VQA as train.jsonl and test.jsonl with image, question and answer: all training questions, the drawn test ones."""
     import easy_vqa
 
@@ -129,8 +111,10 @@ def write_rows(folder: Path, seed: int) -> None:
     train = _rows(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
     test = _rows(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
     drawn = sorted(random.Random(seed).sample(range(len(test)), TEST_QUESTIONS))
-    _write_jsonl(folder / "train.jsonl", train)
-    _write_jsonl(folder / "test.jsonl", [test[index] for index in drawn])
+    return (
+        _write_jsonl(folder / "train.jsonl", train),
+        _write_jsonl(folder / "test.jsonl", [test[index] for index in drawn]),
+    )
 
 
 def _rows(questions: tuple[list[str], list[str], list[int]], pictures: dict[int, str]) -> list[Row]:
@@ -140,20 +124,22 @@ def _rows(questions: tuple[list[str], list[str], list[int]], pictures: dict[int,
     ]
 
 
-def _write_jsonl(path: Path, rows: list[Row]) -> None:
+def _write_jsonl(path: Path, rows: list[Row]) -> Path:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
 
 
-def write_report(folder: RunDir, trained: TrainResult, before: EvalResult, after: EvalResult, seed: int) -> Path:
+def write_report(run: RunDir, test: Path, compared: Compared, seed: int) -> Path:
     """loss.png and page.html in the run folder; returns the page."""
-    metrics = folder.read_metrics()
-    curve = folder.path / "loss.png"
+    trained, (before, after) = compared.trained, _both(compared)
+    metrics = run.read_metrics()
+    curve = run.path / "loss.png"
     samples, losses = [step["samples"] for step in metrics], [step["loss"] for step in metrics]
     draw_loss_curve(samples, losses, curve, title="Training loss: lensmith/tiny on easy-VQA")
-    examples = _examples(folder, before, after)
+    examples = _examples(test, before, after)
     wrong = [example for example in examples if not example.right_after]
     drawn = random.Random(seed).sample(examples, SHOWN_DRAWN)
-    page = folder.path / "page.html"
+    page = run.path / "page.html"
     page.write_text(
         render_page(
             title=f"lensmith/tiny learned easy-VQA in {trained.train_s:.0f} seconds",
@@ -185,15 +171,28 @@ def _count(most: int, there: int, which: str) -> str:
     return f"All {there:,} {which}." if there <= most else f"{most} of {there:,}, {which}."
 
 
-def _examples(folder: RunDir, before: EvalResult, after: EvalResult) -> list[Example]:
+def _both(compared: Compared) -> tuple[EvalResult, EvalResult]:
+    """The results before and after, which a run with data.test always has."""
+    assert compared.evaluated is not None
+    assert compared.evaluated.before is not None
+    return compared.evaluated.before, compared.evaluated.after
+
+
+def _examples(test: Path, before: EvalResult, after: EvalResult) -> list[Example]:
     """Every test question with its picture and both answers."""
-    with (folder.path / "rows" / "test.jsonl").open(encoding="utf-8") as lines:
+    with test.open(encoding="utf-8") as lines:
         pictures = [Path(json.loads(line)["image"]) for line in lines]
     return [
         Example(
-            picture, then.question, then.reference, then.answer, now.answer, before.is_right(then), before.is_right(now)
+            picture=pictures[int(then.where.rpartition(":")[2]) - 1],
+            question=then.question,
+            reference=then.reference,
+            before=then.answer,
+            after=now.answer,
+            right_before=before.is_right(then),
+            right_after=after.is_right(now),
         )
-        for picture, then, now in zip(pictures, before.predictions, after.predictions, strict=True)
+        for then, now in zip(before.predictions, after.predictions, strict=True)
     ]
 
 

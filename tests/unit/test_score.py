@@ -119,6 +119,9 @@ def test_comparison_counts_pairs_not_totals():
     compared = compare_answers(["a", "x", "c", "x"], ["a", "b", "x", "d"], ["a", "b", "c", "d"], "exact")
     assert (compared.wins, compared.losses, compared.ties) == (2, 1, 1)
     assert compared.p_value == 1
+    assert compared.sentence == (
+        "Of 4 questions, 2 wrong answers became right and 1 right ones became wrong (p = 1, McNemar's exact test)."
+    )
 
 
 def test_answers_and_references_of_unequal_number_are_refused_with_both_numbers():

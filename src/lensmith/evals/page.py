@@ -73,21 +73,11 @@ def render_page(
         summary=escape(summary),
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
         table="\n".join(_table_row(line) for line in table),
-        table_note=escape(describe_comparison(comparison)),
+        table_note=escape(f"{comparison.sentence} The thin line in a bar is the 95\u00a0% interval."),
         curve=_data_uri(curve.read_bytes(), "image/png"),
         curve_text=escape(curve_text),
         examples="\n".join(_gallery(gallery) for gallery in galleries if gallery.examples),
         footer=escape(footer),
-    )
-
-
-def describe_comparison(comparison: Comparison) -> str:
-    """What changed between two sets of answers, in one or two sentences."""
-    n = comparison.wins + comparison.losses + comparison.ties
-    chance = "below 0.0001" if comparison.p_value < 1e-4 else f"{comparison.p_value:.2g}"
-    return (
-        f"The same {n:,} questions, twice: {comparison.wins:,} wrong answers became right and {comparison.losses:,} right "
-        f"ones became wrong (p {chance}, exact McNemar test). The thin line in a bar is the 95\u00a0% interval."
     )
 
 

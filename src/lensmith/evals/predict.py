@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from lensmith.types import Encoded, ImageMark, ImageRef, Message, Sample, Text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """Called with questions answered so far and questions in all."""
@@ -106,16 +108,12 @@ def evaluate_model(
     Raises:
         DataError: a sample has no answer to compare with, or there are no samples.
     """
-    references = [sample.answer for sample in samples]
-    for sample, reference in zip(samples, references, strict=True):
-        if not reference.strip():
+    for sample in samples:
+        if not sample.answer.strip():
             raise DataError(
                 f"{sample.where}: no answer to compare with (0 characters). "
                 "Give the row an answer or take it out of data.test; to only see answers, use `lensmith ask`."
             )
-    metric, why = guess_metric(references)
-    if settings.metric != "auto":
-        metric, why = settings.metric, f"metric {settings.metric}: set by eval.metric"
     started = time.perf_counter()
     predictions = answer_samples(
         model,
@@ -129,7 +127,19 @@ def evaluate_model(
     eval_s = time.perf_counter() - started
     if keep is not None:
         write_predictions(predictions, keep)
-    answers = [prediction.answer for prediction in predictions]
+    return score_predictions(predictions, settings, eval_s=eval_s)
+
+
+def score_predictions(predictions: Sequence[Prediction], settings: Eval, *, eval_s: float = 0.0) -> EvalResult:
+    """Score answers that are there already, for example those that `read_predictions` returns.
+
+    Raises:
+        DataError: there are none.
+    """
+    answers, references = [p.answer for p in predictions], [p.reference for p in predictions]
+    metric, why = guess_metric(references)
+    if settings.metric != "auto":
+        metric, why = settings.metric, f"metric {settings.metric}: set by eval.metric"
     exact, normalised = score_answers(answers, references, "exact"), score_answers(answers, references, "normalised")
     return EvalResult(metric, why, exact, normalised, tuple(predictions), eval_s)
 
@@ -140,8 +150,8 @@ def compare_results(before: EvalResult, after: EvalResult) -> Comparison:
     return compare_answers(then, now, [prediction.reference for prediction in before.predictions], before.metric)
 
 
-def draw_samples(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sample]:
-    """At most `count` samples drawn by the seed, in their own order; all with None."""
+def draw_samples(samples: Sequence[T], count: int | None, seed: int) -> list[T]:
+    """At most `count` samples (or their numbers) drawn by the seed, in their own order; all with None."""
     if count is None or count >= len(samples):
         return list(samples)
     return [samples[index] for index in sorted(random.Random(seed).sample(range(len(samples)), count))]

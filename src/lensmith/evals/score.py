@@ -105,6 +105,15 @@ class Comparison:
     p_value: float
     """Chance of wins and losses at least this uneven if both were equally good."""
 
+    @property
+    def sentence(self) -> str:
+        """What changed, in words."""
+        chance = "< 0.0001" if self.p_value < 1e-4 else f"= {self.p_value:.2g}"
+        return (
+            f"Of {self.wins + self.losses + self.ties:,} questions, {self.wins:,} wrong answers became right and "
+            f"{self.losses:,} right ones became wrong (p {chance}, McNemar's exact test)."
+        )
+
 
 def score_answers(answers: Sequence[str], references: Sequence[str], metric: Metric) -> Score:
     """Share of answers that match their reference, with a 95 % interval.
