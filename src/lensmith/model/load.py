@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError, ModelError
+from lensmith.model.components import states_of
 from lensmith.model.names import TINY, not_loadable, read_architecture, resolve_model
 from lensmith.model.quant import check_quantised, is_quantised_checkpoint, quantisation, settle_linears
 
@@ -60,6 +61,7 @@ def load_model(config: RunConfig, *, device: torch.device | None = None) -> Load
     dtype = choose_precision(config.precision, device)
     architecture = read_architecture(config.model)
     sentences = [f"{config.model}: {precision_sentence(dtype, config.precision, device)}"]
+    sentences += _own_weights_sentences(config, dtype)
     ready_made = is_quantised_checkpoint(architecture)
     if ready_made or config.tune.method == "qlora":
         sentences += _check_four_bit(config, architecture, device, ready_made=ready_made)
@@ -115,6 +117,21 @@ def precision_sentence(dtype: torch.dtype, setting: str, device: torch.device) -
         return f"{chosen} on the CPU."
     capability = torch.cuda.get_device_capability(device)
     return f"{chosen} on {torch.cuda.get_device_name(device)} (compute capability {_dotted(capability)})."
+
+
+def _own_weights_sentences(config: RunConfig, dtype: torch.dtype) -> list[str]:
+    """What a 16-bit type means for components that train their own weights; docs/components.md has the numbers."""
+    trained = [name for name, state in states_of(config.tune).items() if state == "trained" and name != "head"]
+    if not trained or dtype is torch.float32:
+        return []
+    names = " and ".join(trained)
+    if dtype is torch.float16:
+        widened = "the whole model is" if "language" in trained else "tower and mergers are"
+        return [f"Training {names} itself: {widened} widened to fp32, because a loss scaler needs fp32 weights."]
+    return [
+        f"Warning: {names} is trained in bf16, where most updates of 1e-5 round to nothing. "
+        f"Set tune.{trained[0]}=adapted (adapters are fp32), or precision=fp32 where memory allows."
+    ]
 
 
 def count_parameters(architecture: Qwen3VLConfig) -> int:
