@@ -143,7 +143,9 @@ def test_a_precision_that_is_not_there_is_answered(setting, capability, sentence
 def test_training_own_weights_in_bf16_is_warned_of(checkpoint):
     settings = {"precision": "bf16", "tune": {"merger": "trained"}}
     sentences = load_model(config_for(checkpoint, **settings), device=CPU).sentences
-    assert any(s.startswith("Warning: merger is trained in bf16") and "tune.merger=adapted" in s for s in sentences)
+    assert any(
+        s.startswith("Warning: merger trains its own weights in bf16") and "tune.merger=adapted" in s for s in sentences
+    )
     assert not any("Warning" in s for s in load_model(config_for(checkpoint, precision="bf16"), device=CPU).sentences)
 
 
