@@ -4,16 +4,26 @@ UV_VERSION = 0.13.9
 STAMP = .venv/.synced
 BIN = .venv/bin
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup pip-sync demo test lint docs clean
 
 setup: $(STAMP)
 
 # The lock file fixes every version; running this again with nothing changed does nothing.
 $(STAMP): pyproject.toml uv.lock
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11. Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
+	  { echo "$(PYTHON) cannot make environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv sync --frozen --inexact --quiet
+	@echo "Installing into .venv (some gigabytes the first time) ..."
+	@$(BIN)/uv sync --frozen --inexact --quiet || $(MAKE) --no-print-directory pip-sync
 	@touch $@
+
+# The same versions by pip, for machines whose registry is named in pip's own settings, which uv does not read.
+pip-sync:
+	$(BIN)/uv export --frozen --quiet --no-emit-project --output-file .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 
 demo: setup
 	$(BIN)/lensmith demo
