@@ -28,7 +28,7 @@ BF16_CAPABILITY = (8, 0)
 """Compute capability from which NVIDIA cards have bf16 units (Ampere); older ones emulate it, slowly."""
 
 LARGEST_ON_CPU = 1_000_000_000
-"""Parameters above which 4-bit training without a GPU is refused: the smallest Qwen3-VL has 2.1e9, lensmith/tiny 4e6."""
+"""Parameters above which 4-bit training without a GPU is refused: the smallest Qwen3-VL has 2.1e9, lensmith/tiny 5e6."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,10 @@ def load_model(config: RunConfig, *, device: torch.device | None = None) -> Load
         sentences += _check_four_bit(config, architecture, device, ready_made=ready_made)
     processor = load_processor(config.model)
     model = _load_weights(config, architecture, device, dtype)
-    if not ready_made:
+    if ready_made or config.tune.method == "qlora":
+        settle_linears(model, dtype)
+    if config.tune.method == "qlora" and not ready_made:
         check_quantised(model, config.tune)
-    settle_linears(model, dtype)
     model.eval()
     return Loaded(model, processor, device, dtype, config.model, tuple(sentences))
 
