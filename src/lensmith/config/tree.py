@@ -51,8 +51,8 @@ class Source(Section):
 class Data(Section):
     train: str | list[Source] | None = None
     """A .jsonl, .json, .csv, .tsv or .parquet file, a folder with images beside one such file, or a data set name."""
-    test: str | Share | None = None
-    """A file like `train`, or a share of it held out by image. Null: nothing is held out."""
+    test: str | Share | None = 0.05
+    """A file like `train`, or a share of it held out by image, asked before and after. Null: nothing is held out."""
     image_root: Path | None = None
     """Folder that relative image paths start from. Null: the folder of the data file."""
     columns: Columns = Columns()

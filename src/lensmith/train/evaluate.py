@@ -31,7 +31,7 @@ from lensmith.evals.predict import (
 )
 from lensmith.evals.score import guess_metric, score_answers
 from lensmith.model.adapters import find_tuned, load_tuned
-from lensmith.model.load import Loaded, load_model
+from lensmith.model.load import Loaded, load_model, load_processor
 from lensmith.rundir import RunDir
 from lensmith.train.sft import PACK_TOKENS, TrainResult, train_model
 from lensmith.types import Sample
@@ -108,7 +108,14 @@ def train_and_compare(
         del loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    trained = train_model(config, say=say, progress=train_progress)
+
+    def ask_along(model: Any, step: int) -> None:
+        keep = run.predictions_path(f"step-{step:06d}")
+        result = _evaluate(config, model, trained_with, samples, keep=keep, progress=None)
+        say(f"After step {step}: {result.score}")
+
+    trained_with = load_processor(config.model)
+    trained = train_model(config, say=say, progress=train_progress, during=ask_along if asks else None)
     if before is None:
         return Compared(trained, None)
     keep = run.predictions_path("after")

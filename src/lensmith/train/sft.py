@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import trl
 from torch import nn
+from transformers import TrainerCallback, TrainerControl
 
 from lensmith.config.tree import RunConfig
 from lensmith.data.encode import Encoder
@@ -24,7 +25,7 @@ from lensmith.data.scan import hold_out, scan_source
 from lensmith.data.source import open_source
 from lensmith.errors import Interrupted, ModelError
 from lensmith.model.adapters import TUNED_FOLDER, check_tune, prepare_trainable, save_tuned
-from lensmith.model.components import census_table, parameter_groups, take_census
+from lensmith.model.components import census_table, learning_rates, parameter_groups, take_census
 from lensmith.model.load import Loaded, load_model
 from lensmith.model.versions import check_versions, environment
 from lensmith.rundir import RunDir, checkpoint_step, naming_full_disk
@@ -62,9 +63,15 @@ class TrainResult:
 
 
 def train_model(
-    config: RunConfig, *, say: Callable[[str], None] | None = None, progress: TrainProgress | None = None
+    config: RunConfig,
+    *,
+    say: Callable[[Any], None] | None = None,
+    progress: TrainProgress | None = None,
+    during: Callable[[Any, int], None] | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` says; resumes where its run folder holds a checkpoint.
+
+    `during(model, step)` is called every `eval.every_steps` steps on the first process; its time is not training time.
 
     Raises LensmithError children for whatever the user can mend; `Interrupted` after Ctrl-C, with everything saved.
     """
@@ -84,7 +91,7 @@ def train_model(
     if resume is None and config.pack.check_packs:
         say(_check_first_packs(model, dataset, config, share_prefix))
     with naming_full_disk(run.path):
-        return _run_steps(config, run, loaded, model, plan, dataset, resume, say, progress)
+        return _run_steps(config, run, loaded, model, plan, dataset, resume, say, progress, during)
 
 
 # --- before the first step ----------------------------------------------------------------------------------------------
@@ -197,6 +204,7 @@ def _run_steps(
     resume: Path | None,
     say: Callable[[str], None],
     progress: TrainProgress | None,
+    during: Callable[[Any, int], None] | None,
 ) -> TrainResult:
     total, last = len(plan.steps), {"loss": float("nan")}
 
@@ -210,7 +218,7 @@ def _run_steps(
     loaded.model.recompute = config.memory.recompute
     gpu = loaded.device.type == "cuda"
     workers = choose_workers(config.data.workers, gpu=gpu)
-    stop = StopOnInterrupt()
+    stop, pause = StopOnInterrupt(), Pause(during if _rank() == 0 else None, config.eval.every_steps)
     trainer = SFTTrainer(
         model=model,
         args=training_arguments(config, plan, loaded),
@@ -220,7 +228,7 @@ def _run_steps(
         run=run,
         guard=GradientGuard(say),
         on_stats=on_stats,
-        callbacks=[stop],
+        callbacks=[stop, pause],
     )
     done = checkpoint_step(resume) if resume else 0
     start = time.perf_counter()
@@ -230,7 +238,7 @@ def _run_steps(
     else:
         with interruptible(stop, say):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    train_s = time.perf_counter() - start
+    train_s = time.perf_counter() - start - pause.spent_s
     if stop.asked and trainer.state.global_step < total:
         raise Interrupted(
             f"{run.path}: stopped after step {trainer.state.global_step} of {total} and saved. "
@@ -270,7 +278,7 @@ def training_arguments(config: RunConfig, plan: StepPlan, loaded: Loaded) -> trl
         max_steps=total,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        learning_rate=max(group_rate for group_rate in [optim.learning_rate or 2e-4]),
+        learning_rate=learning_rates(optim, config.tune.method)["language"],
         lr_scheduler_type=constant if optim.schedule == "constant" else optim.schedule,
         warmup_steps=warmup_steps,
         weight_decay=optim.weight_decay,
@@ -294,6 +302,20 @@ def training_arguments(config: RunConfig, plan: StepPlan, loaded: Loaded) -> trl
         average_tokens_across_devices=False,  # our count is the whole step's already
         ddp_find_unused_parameters=config.tune.vision != "frozen" or config.tune.merger != "frozen",
     )
+
+
+class Pause(TrainerCallback):
+    """Calls `during(model, step)` every so many steps, and keeps the time that takes."""
+
+    def __init__(self, during: Callable[[Any, int], None] | None, every_steps: int | None) -> None:
+        self.during, self.every_steps, self.spent_s = during, every_steps, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        last = state.global_step == state.max_steps  # the evaluation after training asks then
+        if self.during and self.every_steps and state.global_step % self.every_steps == 0 and not last:
+            start = time.perf_counter()
+            self.during(model, state.global_step)
+            self.spent_s += time.perf_counter() - start
 
 
 # --- processes ----------------------------------------------------------------------------------------------------------
