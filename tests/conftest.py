@@ -15,6 +15,7 @@ M-RoPE sections, two KV heads for four query heads, and norms and biases that ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -243,3 +244,13 @@ def float64_modules() -> Iterator[None]:
         patch.setattr(stock.Qwen3VLTextRotaryEmbedding, "forward", rotary)
         patch.setattr(stock.Qwen3VLVisionRotaryEmbedding, "forward", rotary)
         yield
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    """The Qwen3VLProcessor of lensmith/tiny: the real chat template and special tokens, a vocabulary of 2,000."""
+    from transformers import AutoProcessor
+
+    import lensmith.model
+
+    return AutoProcessor.from_pretrained(Path(lensmith.model.__file__).parent / "tiny")
