@@ -65,7 +65,12 @@ def init(
 ) -> dict[str, Any]:
     """Write a commented starter run.yaml."""
     from lensmith.config.starter import write_starter
+    from lensmith.config.tree import Columns
+    from lensmith.data.layout import guess_layout
+    from lensmith.data.rows import open_rows
 
+    rows = open_rows(data)
+    _say(guess_layout(rows, Columns()).sentence)
     try:
         with to.open("x", encoding="utf-8") as file:
             file.write(write_starter(data))
