@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from lensmith.config.tree import Eval, Images
@@ -174,12 +173,12 @@ def answer_samples(
     """
     prompts = [encoder.encode_prompt(sample) for sample in samples]
     order = sorted(range(len(prompts)), key=lambda index: _batch_key(prompts[index]))
-    settings = greedy_settings(model, processor.tokenizer, max_new_tokens)
+    settings = greedy_settings(model, processor.tokenizer, encoder.end_token_id, max_new_tokens)
     answers: dict[int, tuple[list[int], bool]] = {}
     with answering(model):
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            inputs = pad_prompts([prompts[index] for index in chosen], encoder, model, settings.pad_token_id)
+            inputs = pad_prompts([prompts[index] for index in chosen], encoder, model)
             generated = model.generate(**inputs, generation_config=settings)
             new_tokens = generated[:, inputs["input_ids"].shape[1] :].tolist()
             answers |= zip(chosen, (_cut_at_end(ids, settings.eos_token_id) for ids in new_tokens), strict=True)
@@ -238,12 +237,12 @@ def answering(model: Any) -> Iterator[None]:
                 module.rope_deltas = None
 
 
-def greedy_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def greedy_settings(model: Any, tokenizer: Any, end_token_id: int, max_new_tokens: int) -> GenerationConfig:
     """Greedy decoding with nothing inherited: a checkpoint's own sampling settings fill only what is left None here."""
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id
-    end_ids = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])} - {None}
+    end_ids = {end_token_id, *([ends] if isinstance(ends, int) else ends or [])}
     vocabulary = tokenizer.get_vocab()
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -255,20 +254,19 @@ def greedy_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> Generati
         repetition_penalty=1.0,
         use_cache=True,
         eos_token_id=sorted(end_ids),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=end_token_id,
         suppress_tokens=[vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary],
     )
 
 
-def pad_prompts(
-    prompts: Sequence[Encoded], encoder: Encoder, model: Any, pad_id: int | None
-) -> dict[str, Int[Tensor, "batch tokens"] | Tensor]:
+def pad_prompts(prompts: Sequence[Encoded], encoder: Encoder, model: Any) -> dict[str, Tensor]:
     """Keyword arguments for `generate`: ids padded on the left, and the patches of all pictures in order.
 
-    pixel_values is [patches, values], image_grid_thw [images, 3]; both are left out where no prompt has a picture.
+    input_ids, attention_mask and mm_token_type_ids are [batch, tokens]; pixel_values is [patches, values] and
+    image_grid_thw [images, 3], both left out where no prompt has a picture.
     """
     width = max(prompt.num_tokens for prompt in prompts)
-    ids = np.full((len(prompts), width), 0 if pad_id is None else pad_id, dtype=np.int64)
+    ids = np.full((len(prompts), width), encoder.end_token_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - prompt.num_tokens :] = prompt.input_ids
@@ -276,7 +274,7 @@ def pad_prompts(
     inputs = {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask),
-        "mm_token_type_ids": torch.from_numpy(mask * (ids == model.config.image_token_id)),
+        "mm_token_type_ids": torch.from_numpy(mask * (ids == encoder.image_token_id)),
     }
     images = [image for prompt in prompts for image in prompt.images]
     if images:
