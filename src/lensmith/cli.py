@@ -50,7 +50,7 @@ def demo(
     from lensmith.demo import run_demo
     from lensmith.train.progress import CountProgress, TrainProgress
 
-    with TrainProgress() as progress, CountProgress("answering") as answered:
+    with TrainProgress() as progress, CountProgress("answering", progress.console) as answered:
         result = run_demo(run=run, seed=seed, say=progress.say, train_progress=progress, eval_progress=answered)
     return result.to_json()
 
@@ -108,7 +108,7 @@ def train(
     from lensmith.train.evaluate import train_and_compare
     from lensmith.train.progress import CountProgress, TrainProgress
 
-    with TrainProgress() as progress, CountProgress("answering") as answered:
+    with TrainProgress() as progress, CountProgress("answering", progress.console) as answered:
         result = train_and_compare(config, say=progress.say, train_progress=progress, eval_progress=answered)
     _say(f"Done: {result.run}. Look at it: lensmith show {result.run}")
     return result.to_json()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from lensmith.types import StepStats
@@ -33,31 +33,18 @@ class TrainProgress:
         self.console = console or Console(file=sys.stderr)
         self.clock = clock
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
         self.first: tuple[float, int] | None = None
         """Time before the first step seen and the steps taken by then: a resumed run does not start at 0."""
         self.said_at = -LINE_EVERY_S
         self.means: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left"),
-                console=self.console,
-            )
-            self.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar:
-            self.bar.stop()
+        self._close()
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the bar."""
@@ -70,14 +57,35 @@ class TrainProgress:
         if self.first is None:
             self.first = (now - stats.step_s, stats.step - 1)
         numbers = self.describe()
-        if self.bar:
-            if self.task is None:
-                self.task = self.bar.add_task("train", total=total_steps, completed=stats.step - 1, numbers=numbers)
-            self.bar.update(self.task, completed=stats.step, total=total_steps, numbers=numbers)
+        if self.console.is_terminal:
+            self._draw(stats.step, total_steps, numbers)
         elif now - self.said_at >= LINE_EVERY_S or stats.step == total_steps:
             self.said_at = now
             left = self._seconds_left(now, stats.step, total_steps)
             self.say(f"step {stats.step}/{total_steps}  {numbers}  {_clock_time(left)} left")
+
+    def _draw(self, step: int, total_steps: int, numbers: str) -> None:
+        """The bar comes with the first step and goes with the last, so that answering can have one of its own."""
+        if self.bar is None:
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self.console,
+            )
+            self.bar.add_task("train", total=total_steps, completed=step - 1, numbers=numbers)
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], completed=step, total=total_steps, numbers=numbers)
+        if step >= total_steps:
+            self._close()
+
+    def _close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
 
     def describe(self) -> str:
         """The numbers of the latest steps in words and units."""
