@@ -142,9 +142,8 @@ def _build_padded(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDe
     lengths, key_rows = np.array([run.length for run in runs]), _key_rows(runs)
     starts = np.cumsum(lengths) - lengths
     members = _buckets(lengths, np.array([run.num_keys for run in runs]))
-    order = np.concatenate(
-        [np.arange(starts[i], starts[i] + lengths[i]) for bucket in members for i in bucket.tolist()]
-    )
+    rows = np.split(np.arange(lengths.sum()), starts[1:])
+    order = np.concatenate([rows[i] for bucket in members for i in bucket])
     return Padded(
         buckets=tuple(
             _stack_bucket(lengths[bucket], starts[bucket], [key_rows[i] for i in bucket], causal, tensor)
