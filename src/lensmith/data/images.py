@@ -40,8 +40,8 @@ ORIENTATION_TAG = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap height and width."""
 
-END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-"""The last bytes of a whole file: JPEG's EOI marker; PNG's IEND chunk with its checksum."""
+END_MARKS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
+"""First and last bytes of a whole file: JPEG's SOI and EOI markers; PNG's signature and IEND chunk with its checksum."""
 
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -145,13 +145,13 @@ def check_whole(ref: ImageRef) -> None:
     Reads the last bytes only. Some sound files carry something after their end mark, so one without the mark in its
     place is decoded to be sure.
     """
-    with _open_header(ref) as image:
-        mark = END_MARKS.get(image.format or "")
-    if mark is None:
-        return
     location = _location(ref)
     with location if isinstance(location, io.BytesIO) else location.open("rb") as file:
-        file.seek(-min(len(mark), file.seek(0, io.SEEK_END)), io.SEEK_END)
+        start = file.read(8)
+        mark = next((end for begin, end in END_MARKS.items() if start.startswith(begin)), None)
+        if mark is None:
+            return
+        file.seek(-len(mark), io.SEEK_END)
         is_whole = file.read() == mark
     if not is_whole:
         open_image(ref)

@@ -1,3 +1,4 @@
+# ruff: noqa: PTH110, PTH113, PTH118  (pathlib takes five times as long, and this runs for every picture of every row)
 """What a cell may hold as a picture, turned into ImageRefs; nothing is opened, files are only looked for.
 
 A path, a data URI, base64, an http(s) address, encoded bytes, a {"bytes", "path"} struct as Hugging Face data sets store
@@ -33,8 +34,8 @@ SHORTEST_BASE64 = 64
 class RefReader:
     """Turns the cells of one data file into ImageRefs."""
 
-    root: Path
-    """Absolute folder that relative paths start from."""
+    root: str
+    """Absolute folder that relative paths start from. A string, because this is asked for every row."""
     allow_urls: bool = False
 
     def read(self, cell: Any, where: str) -> list[ImageRef]:
@@ -68,7 +69,7 @@ class RefReader:
                 yield cell  # a file may be called [1].png
                 return
             yield from self._flatten(listed)
-        elif ";" in cell and not _has_scheme(cell) and not self._path(cell).exists():
+        elif ";" in cell and not _has_scheme(cell) and not os.path.exists(self._path(cell)):
             yield from (part.strip() for part in cell.split(";") if part.strip())
         elif cell:
             yield cell
@@ -102,13 +103,14 @@ class RefReader:
             return _from_bytes(_decode(value, where))
         return self._from_path(value.removeprefix("file://"), where)
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str) -> str:
         # normpath, not resolve(): a few microseconds instead of a look at every folder on the way.
-        return Path(os.path.normpath(self.root / name))
+        return os.path.normpath(os.path.join(self.root, name))
 
     def _from_path(self, name: str, where: str) -> ImageRef:
-        path = self._path(name)
-        if not path.is_file():
+        key = self._path(name)
+        path = Path(key)
+        if not os.path.isfile(key):
             if path.is_dir():
                 what = "is a folder"
             else:
@@ -119,7 +121,7 @@ class RefReader:
                 f"{path} {what}; relative paths start from {self.root}, which data.image_root changes. "
                 "To leave such rows out, set data.on_bad_row=skip.",
             )
-        return ImageRef(path, str(path))
+        return ImageRef(path, key)
 
 
 def _payload(struct: Mapping[str, Any]) -> Any:

@@ -50,7 +50,7 @@ def to_sample(row: Row, layout: Layout, *, image_root: Path, allow_urls: bool = 
     Raises:
         RowError: with one of the codes of `lensmith.errors.RowCode`.
     """
-    draft = _Draft(row, layout, RefReader(Path(os.path.abspath(image_root)), allow_urls))  # noqa: PTH100, see RefReader
+    draft = _Draft(row, layout, RefReader(os.path.abspath(image_root), allow_urls))  # noqa: PTH100, see RefReader
     turns: list[Turn] = [(role, draft.parts(content)) for role, content in _turns(row, layout)]
     draft.place(turns)
     _check_turns(row, turns)

@@ -1,0 +1,143 @@
+"""What rows cost, a chunk at a time: the part of a scan that worker processes do."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lensmith.data.images import fit_px
+from lensmith.errors import RowCode, RowError
+from lensmith.types import Encoded, ImageSize
+
+if TYPE_CHECKING:
+    from lensmith.data.source import SampleSource
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A row that is left out, and why."""
+
+    where: str
+    code: RowCode
+    sentence: str
+
+
+ROW_NUMBERS = {"rows": "q", "tokens": "i", "learned": "i", "prefix_tokens": "i", "groups": "q", "image_tokens": "i"}
+"""Measured of each usable row, with the type code of the array that collects it: 32 bytes in all."""
+IMAGE_NUMBERS = {"image_rows": "q", "image_keys": "q", "image_scales": "f", "image_changes": "b"}
+"""Measured of each image of such a row: its row, a digest of its key, side seen / side on disk, and -1 where max_tokens
+reduced it or 1 where min_tokens enlarged it. 21 bytes."""
+
+
+def _arrays() -> dict[str, array[Any]]:
+    return {name: array(code) for name, code in (ROW_NUMBERS | IMAGE_NUMBERS).items()}
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What was measured of some rows, as growing arrays by name."""
+
+    numbers: dict[str, array[Any]] = field(default_factory=_arrays)
+    caps: dict[int, int] = field(default_factory=dict)
+    """Row number -> tokens per image, for rows that only fit with smaller images."""
+    refused: list[Refusal] = field(default_factory=list)
+    dropped: list[Refusal] = field(default_factory=list)
+    unlearned_answers: int = 0
+
+    def add(self, **numbers: float) -> None:
+        """Append one number to each of the named arrays."""
+        for name, number in numbers.items():
+            self.numbers[name].append(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurer:
+    """Measures rows of one source against a token budget."""
+
+    source: SampleSource
+    budget_tokens: int
+    on_long: Literal["error", "shrink", "drop"]
+
+    def measure(self, start: int, stop: int) -> Chunk:
+        """Rows start .. stop - 1; those that cannot be used are refused, with the reason."""
+        chunk = Chunk()
+        for row in range(start, stop):
+            try:
+                self._measure_row(row, chunk)
+            except RowError as fault:
+                chunk.refused.append(Refusal(fault.where, fault.code, fault.sentence))
+        return chunk
+
+    def _measure_row(self, row: int, chunk: Chunk) -> None:
+        sample = self.source.sample(row)
+        encoded = original = self.source.encode(sample, max_tokens=self.source.caps.get(row), check=True)
+        if encoded.num_tokens > self.budget_tokens:
+            image_tokens = sum(image.tokens for image in encoded.images)
+            needs = f"needs {encoded.num_tokens:,} tokens, {image_tokens:,} of them for images"
+            if self.on_long == "drop":
+                sentence = f"{needs}, and pack.tokens is {self.budget_tokens:,}."
+                chunk.dropped.append(Refusal(sample.where, "too_long", sentence))
+                return
+            cap = self._cap(encoded) if self.on_long == "shrink" else None
+            if cap is None:
+                tried = " and smaller images would not do" if self.on_long == "shrink" else ""
+                raise RowError(
+                    sample.where,
+                    "too_long",
+                    f"{needs}, but pack.tokens is {self.budget_tokens:,}{tried}. "
+                    "Raise pack.tokens, shorten the row, or set data.on_long=drop.",
+                )
+            chunk.caps[row] = cap
+            encoded = self.source.encode(sample, max_tokens=cap)
+        chunk.unlearned_answers += self.source.encoder.unlearned_answers(sample)
+        self._add(row, encoded, original, chunk)
+
+    def _cap(self, encoded: Encoded) -> int | None:
+        """The most tokens per image with which the row fits, or None."""
+        encoder = self.source.encoder
+        room = self.budget_tokens - encoded.num_tokens + sum(image.tokens for image in encoded.images)
+
+        def cost(cap: int) -> int:
+            sides = [fit_px(*image.original_px, encoder.geometry, encoder.min_tokens, cap) for image in encoded.images]
+            return sum(height * width for height, width in sides) // encoder.geometry.token_px**2
+
+        low, high = encoder.min_tokens, max((image.tokens for image in encoded.images), default=0)
+        if not encoded.images or cost(low) > room:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(middle) <= room else (low, middle)
+        return low
+
+    def _add(self, row: int, encoded: Encoded, original: Encoded, chunk: Chunk) -> None:
+        key = encoded.prefix_key
+        chunk.add(
+            rows=row,
+            tokens=encoded.num_tokens,
+            learned=encoded.num_learned,
+            prefix_tokens=encoded.prefix_tokens,
+            # 63 bits of a digest instead of the key itself: 8 bytes per row. Packing compares the keys themselves.
+            groups=-1 - row if key is None else _digest(repr(key[:-1]).encode() + key[-1]),
+            image_tokens=sum(image.tokens for image in encoded.images),
+        )
+        for image in original.images:
+            chunk.add(
+                image_rows=row,
+                image_keys=_digest(image.ref.key.encode()),
+                image_scales=image.scale,
+                image_changes=self._change(image),
+            )
+
+    def _change(self, image: ImageSize) -> int:
+        side = self.source.encoder.geometry.token_px
+        height, width = image.original_px
+        natural = round(height / side) * round(width / side)
+        return int(np.sign(image.tokens - natural))
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest()) >> 1
