@@ -7,6 +7,7 @@ limits, bit for bit (tests/reference/test_patches.py). So plans made from header
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from pathlib import Path
@@ -203,9 +204,17 @@ def read_patches(size: ImageSize, geometry: VisionGeometry) -> Float[Tensor, "pa
     # [channel, token row, row in token, y, token column, column in token, x] -> tokens, their patches, channel, y, x
     picture = picture.reshape(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
     values = picture.reshape(-1, 3, 1, patch, patch).to(torch.float32)
-    mean, std = (torch.tensor(numbers).mul_(255).view(3, 1, 1, 1) for numbers in (geometry.mean, geometry.std))
+    mean, std = _byte_scale(geometry.mean), _byte_scale(geometry.std)
     values.sub_(mean).div_(std)
     return values.expand(-1, -1, geometry.frames, -1, -1).reshape(-1, geometry.patch_values)
+
+
+@functools.lru_cache(maxsize=8)
+def _byte_scale(numbers: tuple[float, float, float]) -> Float[Tensor, "3 1 1 1"]:
+    """Per-channel numbers meant for 0 .. 1, for 0 .. 255."""
+    import torch
+
+    return torch.tensor(numbers).mul_(255).view(3, 1, 1, 1)
 
 
 def _location(ref: ImageRef) -> Path | io.BytesIO:
@@ -243,6 +252,8 @@ def _num_bytes(ref: ImageRef) -> int | None:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return 1  # the one format that Pillow turns by itself
     # PngImageFile.getexif decodes the whole picture to look for EXIF data behind it; the plain method does not.
     exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
     return exif.get(ORIENTATION_TAG, 1)
