@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -201,10 +203,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. `argv` defaults to the command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     wants_json = "--json" in arguments
-    # Libraries print where they like; stdout belongs to the one JSON object.
-    elsewhere = contextlib.redirect_stdout(sys.stderr) if wants_json and "--help" not in arguments else None
+    _quieten_libraries()
     try:
-        with elsewhere or contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            # What libraries plan to rename is for us to follow, not for users to read.
+            warnings.simplefilter("ignore", FutureWarning)
+            if wants_json and "--help" not in arguments:
+                # Libraries print where they like; stdout belongs to the one JSON object.
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             result = typer.main.get_command(app).main(arguments, prog_name="lensmith", standalone_mode=False)
         code = result if isinstance(result, int) else DONE
     except BaseException as error:  # noqa: BLE001 (the one place where every error becomes an exit code; bugs show all)
@@ -212,6 +219,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_json and isinstance(result, dict) and os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, ensure_ascii=False, default=str))
     return code
+
+
+def _quieten_libraries() -> None:
+    """Their notes about themselves would bury ours; each line can be had back by setting the variable it sets."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns once per data worker
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _report(error: BaseException) -> tuple[dict[str, Any], int]:

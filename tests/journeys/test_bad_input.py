@@ -22,7 +22,7 @@ from lensmith.rundir import RunDir
 COLOURS = ("red", "green", "blue", "teal", "brown", "gray", "yellow", "black")
 LONG_WAIT_S = 120
 """For a process that trains; a busy machine may need most of it."""
-QUICK = ("optim.steps=1", "optim.effective_samples=4", "data.workers=0", "memory.recompute=none")
+QUICK = ("optim.steps=1", "optim.effective_samples=4", "data.workers=0", "data.test=null")
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def test_no_space_left_names_the_folder_and_what_to_do(write_rows, workplace):
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(write_rows, workplace):
-    settings = ("optim.effective_samples=4", "data.workers=0", "memory.recompute=none", "optim.schedule=constant")
+    settings = ("optim.effective_samples=4", "data.workers=0", "data.test=null", "optim.schedule=constant")
     run = RunDir(workplace / "runs" / "long")
     process = train_process(write_rows(), f"run={run.path}", "optim.steps=100000", *settings)
     deadline = time.monotonic() + LONG_WAIT_S

@@ -99,7 +99,7 @@ def _rounds_of_questions_need_a_test_set(config: RunConfig) -> Iterator[Problem]
     if config.data.test is None:
         yield Problem(
             "eval.every_steps",
-            "has no effect without data.test: nothing is held out to ask. Remove it, or set data.test=0.05.",
+            "has no effect with data.test=null: nothing is held out to ask. Remove it, or name a data.test.",
         )
 
 

@@ -23,19 +23,16 @@ FIRST_SETTINGS = (
     "eval.metric",
     "run",
 )
-HELD_OUT_SHARE = 0.05
-"""One row in twenty tells whether training helped and is hardly missed."""
 NOTES = {
     "model": "The tiny one runs anywhere and only shows that all is well; for real work name a real one.",
-    "data.test": "Asked before and after training, to show what got better.",
 }
 
 
 def write_starter(data: str) -> str:
-    """Text of a run.yaml for one data file; every value is a default except data.train, data.test and run."""
+    """Text of a run.yaml for one data file; every value is a default except data.train and run."""
     defaults = RunConfig()
     values = {path: read_value(defaults, path) for path in FIRST_SETTINGS}
-    values |= {"data.train": data, "data.test": HELD_OUT_SHARE, "run": str(Path("runs") / (Path(data).stem or "sft"))}
+    values |= {"data.train": data, "run": str(Path("runs") / (Path(data).stem or "sft"))}
     head = (
         "# A fine-tuning run of Lensmith. Start it with:  lensmith train run.yaml\n"
         "# Change one setting for once:  lensmith train run.yaml tune.rank=32\n"

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lensmith.config.tree import Data, RunConfig
@@ -182,9 +183,10 @@ def held_out_samples(config: RunConfig, loaded: Loaded, say: Say) -> list[Sample
     else:
         for sentence in (*source.sentences, *scan.sentences()):
             say(sentence)
-    drawn = draw_samples(range(len(scan.rows)), config.eval.samples, config.seed)
-    say(f"Asking {len(drawn)} of {len(scan.rows)} held-out questions.")
-    return [scan.source.sample(int(scan.rows[index])) for index in drawn]
+    rows = np.unique(scan.rows).tolist()  # a weight above 1 repeats rows for training, not for asking
+    drawn = draw_samples([scan.source.sample(row) for row in rows], config.eval.samples, config.seed)
+    say(f"Asking {len(drawn)} of {len(rows)} held-out questions.")
+    return drawn
 
 
 def _subject_config(subject: str, data: str | None) -> RunConfig:
