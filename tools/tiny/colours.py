@@ -93,9 +93,7 @@ def draw_shade(name: str, rng: random.Random) -> RGB:
     return tuple(min(255, max(0, c + rng.randint(-jitter, jitter))) for c in rng.choice(shades()[name]))  # type: ignore[return-value]
 
 
-def draw_named(
-    rng: random.Random, behind: list[RGB], avoid: set[str], least: float = VISIBLE
-) -> tuple[str, RGB]:
+def draw_named(rng: random.Random, behind: list[RGB], avoid: set[str], least: float = VISIBLE) -> tuple[str, RGB]:
     """A name not in `avoid` and a shade of it that stands out from every colour in `behind` by `least`."""
     while True:
         name = rng.choice(NAMES)

@@ -9,19 +9,40 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
 from tools.tiny.colours import NAMES, RGB, draw_shade
 
 Point = tuple[float, float]
 
-SHAPES = (
-    "circle oval square rectangle triangle star cross ring heart diamond pentagon hexagon arrow moon".split()
-)
-LEAST_PX: dict[str, int] = {"circle": 8, "square": 8, "triangle": 8, "rectangle": 9, "oval": 10, "ring": 11, "cross": 11}
+SHAPES = [
+    "circle",
+    "oval",
+    "square",
+    "rectangle",
+    "triangle",
+    "star",
+    "cross",
+    "ring",
+    "heart",
+    "diamond",
+    "pentagon",
+    "hexagon",
+    "arrow",
+    "moon",
+]
+LEAST_PX: dict[str, int] = {
+    "circle": 8,
+    "square": 8,
+    "triangle": 8,
+    "rectangle": 9,
+    "oval": 10,
+    "ring": 11,
+    "cross": 11,
+}
 """Smallest side at which a shape can still be told from the others; LEAST_PX_OTHERS for those not listed."""
 LEAST_PX_OTHERS = 14
 FONTS = ("built-in", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold")
@@ -114,58 +135,88 @@ def least_px(shape: str) -> int:
     return LEAST_PX.get(shape, LEAST_PX_OTHERS)
 
 
-def outline(shape: str, rng: random.Random) -> list[Point]:
-    """The shape's corners around (0, 0), inside the unit circle, before it is turned.
+def _arc(width: float, height: float, num: int = 40) -> list[Point]:
+    turns = np.linspace(0, 2 * math.pi, num, endpoint=False)
+    return [(width * math.cos(t), height * math.sin(t)) for t in turns]
 
-    Rectangles, ovals and triangles come in random proportions, within limits that keep their names true.
-    """
-    match shape:
-        case "circle" | "ring":
-            return _arc(1, 1, 40)
-        case "oval":
-            return _arc(1, rng.uniform(0.45, 0.68), 40)
-        case "square":
-            return _regular(4, math.pi / 4)
-        case "rectangle":
-            slope = math.atan(rng.uniform(0.22, 0.78))
-            x, y = math.cos(slope), math.sin(slope)
-            return [(-x, -y), (x, -y), (x, y), (-x, y)]
-        case "triangle":
-            spread = rng.uniform(0.85, 1.15) * math.pi / 3
-            return [(math.cos(a), math.sin(a)) for a in (-math.pi / 2, math.pi / 2 - spread, math.pi / 2 + spread)]
-        case "star":
-            inner = rng.uniform(0.38, 0.5)
-            return [
-                ((1, inner)[i % 2] * math.sin(i * math.pi / 5), -(1, inner)[i % 2] * math.cos(i * math.pi / 5))
-                for i in range(10)
-            ]
-        case "cross":
-            a = rng.uniform(0.22, 0.34)
-            corner = [(a, -0.95), (a, -a), (0.95, -a)]
-            return [p for turn in range(4) for p in _turned(corner, turn * math.pi / 2)]
-        case "heart":
-            turns = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-            # The "heart curve" of Weisstein's MathWorld, scaled into the unit circle.
-            x = 16 * np.sin(turns) ** 3
-            y = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
-            return [(float(a) / 17, -float(b) / 17) for a, b in zip(x, y, strict=True)]
-        case "diamond":
-            half = rng.uniform(0.5, 0.65)
-            return [(0, -1), (half, 0), (0, 1), (-half, 0)]
-        case "pentagon":
-            return _regular(5, -math.pi / 2)
-        case "hexagon":
-            return _regular(6, 0)
-        case "arrow":
-            shaft, neck = rng.uniform(0.16, 0.26), rng.uniform(-0.1, 0.2)
-            right = [(neck, -shaft), (neck, -0.6), (1, 0), (neck, 0.6), (neck, shaft)]
-            return [(-0.95, -shaft), *right, (-0.95, shaft)]
-        case "moon":
-            # Outer arc of the unit circle, inner arc of a circle moved to the right: a crescent open to the right.
-            outer = [(math.cos(a), math.sin(a)) for a in np.linspace(math.radians(50), math.radians(310), 28)]
-            inner = [(0.45 + 0.78 * math.cos(a), 0.98 * math.sin(a)) for a in np.linspace(-1.75, -4.53, 22)]
-            return [*outer, *inner]
-    raise AssertionError(f"no outline for {shape}")
+
+def _regular(num: int, start: float) -> list[Point]:
+    return [(math.cos(start + 2 * math.pi * i / num), math.sin(start + 2 * math.pi * i / num)) for i in range(num)]
+
+
+def _turned(points: list[Point], angle: float) -> list[Point]:
+    c, s = math.cos(angle), math.sin(angle)
+    return [(c * x - s * y, s * x + c * y) for x, y in points]
+
+
+def _rectangle(rng: random.Random) -> list[Point]:
+    slope = math.atan(rng.uniform(0.22, 0.78))
+    x, y = math.cos(slope), math.sin(slope)
+    return [(-x, -y), (x, -y), (x, y), (-x, y)]
+
+
+def _triangle(rng: random.Random) -> list[Point]:
+    spread = rng.uniform(0.85, 1.15) * math.pi / 3
+    return [(math.cos(a), math.sin(a)) for a in (-math.pi / 2, math.pi / 2 - spread, math.pi / 2 + spread)]
+
+
+def _star(rng: random.Random) -> list[Point]:
+    radii = (1.0, rng.uniform(0.38, 0.5))
+    turns = [i * math.pi / 5 for i in range(10)]
+    return [(radii[i % 2] * math.sin(t), -radii[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
+
+
+def _cross(rng: random.Random) -> list[Point]:
+    arm = rng.uniform(0.22, 0.34)
+    corner = [(arm, -0.95), (arm, -arm), (0.95, -arm)]
+    return [p for turn in range(4) for p in _turned(corner, turn * math.pi / 2)]
+
+
+def _heart(_: random.Random) -> list[Point]:
+    # The "heart curve" of Weisstein's MathWorld, scaled into the unit circle.
+    turns = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+    x = 16 * np.sin(turns) ** 3
+    y = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
+    return [(float(a) / 17, -float(b) / 17) for a, b in zip(x, y, strict=True)]
+
+
+def _diamond(rng: random.Random) -> list[Point]:
+    half = rng.uniform(0.5, 0.65)
+    return [(0, -1), (half, 0), (0, 1), (-half, 0)]
+
+
+def _arrow(rng: random.Random) -> list[Point]:
+    shaft, neck = rng.uniform(0.16, 0.26), rng.uniform(-0.1, 0.2)
+    head = [(neck, -shaft), (neck, -0.6), (1, 0), (neck, 0.6), (neck, shaft)]
+    return [(-0.95, -shaft), *head, (-0.95, shaft)]
+
+
+def _moon(_: random.Random) -> list[Point]:
+    # Outer arc of the unit circle, inner arc of a narrower one moved to the right: a crescent open to the right.
+    outer = [(math.cos(a), math.sin(a)) for a in np.linspace(math.radians(50), math.radians(310), 28)]
+    inner = [(0.45 + 0.78 * math.cos(a), 0.98 * math.sin(a)) for a in np.linspace(-1.75, -4.53, 22)]
+    return [*outer, *inner]
+
+
+OUTLINES: dict[str, Callable[[random.Random], list[Point]]] = {
+    "circle": lambda _: _arc(1, 1),
+    "oval": lambda rng: _arc(1, rng.uniform(0.45, 0.68)),
+    "square": lambda _: _regular(4, math.pi / 4),
+    "rectangle": _rectangle,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": lambda _: _arc(1, 1),
+    "heart": _heart,
+    "diamond": _diamond,
+    "pentagon": lambda _: _regular(5, -math.pi / 2),
+    "hexagon": lambda _: _regular(6, 0),
+    "arrow": _arrow,
+    "moon": _moon,
+}
+"""Corners around (0, 0), inside the unit circle, before turning. Rectangles, ovals, triangles and others come in random
+proportions, within limits that keep their names true."""
+SHAPES = tuple(OUTLINES)
 
 
 def place(points: list[Point], middle: Point, radius: float, angle: float) -> list[Point]:
@@ -180,25 +231,11 @@ def draw_shape(canvas: Canvas, shape: str, middle: Point, radius: float, fill: R
     turn = 0.0 if upright else rng.uniform(-1, 1) * limit.get(shape, math.pi)
     if upright and shape in ("rectangle", "oval", "triangle") and rng.random() < 0.5:
         turn = math.pi / 2 * rng.choice([1, 2, 3])
-    corners = place(outline(shape, rng), middle, radius, turn)
+    corners = place(OUTLINES[shape](rng), middle, radius, turn)
     if shape == "ring":
         thick = radius * rng.uniform(0.25, 0.4)
-        canvas.polygon(place(_arc(1, 1, 40), middle, radius - thick / 2, 0), None, fill, thick)
+        canvas.polygon(place(_arc(1, 1), middle, radius - thick / 2, 0), None, fill, thick)
     elif radius >= 9 and shape not in ("circle", "oval", "moon", "arrow", "cross") and rng.random() < 0.2:
         canvas.polygon(corners, None, fill, max(2.0, radius * 0.18))
     else:
         canvas.polygon(corners, fill)
-
-
-def _arc(width: float, height: float, num: int) -> list[Point]:
-    turns = np.linspace(0, 2 * math.pi, num, endpoint=False)
-    return [(width * math.cos(t), height * math.sin(t)) for t in turns]
-
-
-def _regular(num: int, start: float) -> list[Point]:
-    return [(math.cos(start + 2 * math.pi * i / num), math.sin(start + 2 * math.pi * i / num)) for i in range(num)]
-
-
-def _turned(points: list[Point], angle: float) -> list[Point]:
-    c, s = math.cos(angle), math.sin(angle)
-    return [(c * x - s * y, s * x + c * y) for x, y in points]

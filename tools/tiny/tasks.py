@@ -7,6 +7,7 @@ easy-VQA's (tests/unit/test_tiny_drawings.py compares).
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-
 from tools.tiny.colours import LEGIBLE, RGB, draw_named
 from tools.tiny.draw import FONTS, SHAPES, Canvas, draw_shape, least_px, text_size
 from tools.tiny.phrases import PHRASES
@@ -24,6 +24,8 @@ from tools.tiny.phrases import PHRASES
 WORDS = tuple(sorted(set(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())))
 TOKEN_PX = 32
 """Sides of finished pictures are multiples of this: patch 16 x merge 2, as in every Qwen3-VL."""
+LEAST_FONT_PX, MOST_FONT_PX = 9, 40
+"""Letters smaller than this are no longer legible in every font."""
 ODD_SHARE = 0.25
 """Share of pictures drawn at some other size and resized to the multiple, as the processor does with real ones."""
 
@@ -121,7 +123,7 @@ def draw_things(canvas: Canvas, rng: random.Random) -> list[Asked]:
 
 
 def describe(things: list[Thing]) -> str:
-    """"a teal circle and a red star", from left to right."""
+    """ "a teal circle and a red star", from left to right."""
     parts = [f"{article(t.colour)} {t.colour} {t.shape}" for t in sorted(things, key=lambda t: t.x)]
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
@@ -151,7 +153,20 @@ def claims(thing: Thing, things: list[Thing], rng: random.Random) -> list[Asked]
     return asked
 
 
-_OTHER_COLOURS = ("black", "gray", "red", "green", "blue", "teal", "brown", "yellow", "orange", "purple", "white", "pink")
+_OTHER_COLOURS = (
+    "black",
+    "gray",
+    "red",
+    "green",
+    "blue",
+    "teal",
+    "brown",
+    "yellow",
+    "orange",
+    "purple",
+    "white",
+    "pink",
+)
 
 
 def pairs(things: list[Thing], rng: random.Random) -> list[Asked]:
@@ -258,7 +273,9 @@ def _something_to_read(style: str, longest: int, rng: random.Random) -> str:
     if style == "madeup":
         syllables = rng.randint(1, max(1, min(4, longest // 3)))
         ends = ["", "", "n", "r", "s", "t", "l", "m", "k"]
-        return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(ends) for _ in range(syllables))
+        return "".join(
+            rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(ends) for _ in range(syllables)
+        )
     if style == "number":
         return str(rng.randrange(10 ** rng.randint(1, min(6, longest))))
     signs = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789-+%#&$"
@@ -269,8 +286,14 @@ def _write_somewhere(canvas: Canvas, text: str, rng: random.Random, band: tuple[
     """Writes `text` inside the band (shares of the height), as large as it fits or smaller; returns its colour."""
     font = rng.choice(FONTS)
     top, bottom = band[0] * canvas.height + 1, band[1] * canvas.height - 1
-    fits = [s for s in range(9, 40) if _fits(text_size(text, font, s), canvas.width - 4, bottom - top)]
-    size = rng.choice(fits[-max(1, 2 * len(fits) // 3) :]) if fits else 9
+    largest = bisect.bisect_right(
+        range(MOST_FONT_PX),
+        0,
+        lo=LEAST_FONT_PX,
+        key=lambda s: not _fits(text_size(text, font, s), canvas.width - 4, bottom - top),
+    )
+    size = rng.randint((LEAST_FONT_PX + largest) // 2 - 2, max(LEAST_FONT_PX, largest - 1))
+    size = max(LEAST_FONT_PX, size)
     wide, high = text_size(text, font, size)
     x = rng.uniform(1, max(1, canvas.width - wide - 2))
     y = rng.uniform(top, max(top, bottom - high))
@@ -308,7 +331,11 @@ def draw_sum(canvas: Canvas, rng: random.Random) -> list[Asked]:
     name = _write_somewhere(canvas, text, rng)
     result = one + two if sign == "+" else one - two
     asked: list[Asked] = [("sum", {}, str(result))] * 4
-    asked += [("number:first", {}, str(one)), ("number:second", {}, str(two)), ("sign", {}, {"+": "plus", "-": "minus"}[sign])]
+    asked += [
+        ("number:first", {}, str(one)),
+        ("number:second", {}, str(two)),
+        ("sign", {}, {"+": "plus", "-": "minus"}[sign]),
+    ]
     asked += [("ink", {"kind": "text"}, name), ("parity", {}, "even" if result % 2 == 0 else "odd")]
     if one != two:
         asked.append(("number:larger", {}, str(max(one, two))))
