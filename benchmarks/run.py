@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("runs/bench"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes")
+    parser.add_argument("--commit", help="where there is no git to ask")
     options = parser.parse_args()
 
     from lensmith.config.read import read_config
@@ -114,9 +114,13 @@ def record(options: argparse.Namespace, run: Path, result: object) -> dict[str, 
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
-        "command": "python benchmarks/run.py CHECKPOINT " + " ".join(sys.argv[2:]),
+        "command": f"python benchmarks/run.py CHECKPOINT --size {options.size} --recompute {options.recompute} --steps {options.steps}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
