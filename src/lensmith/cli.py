@@ -105,7 +105,7 @@ def train(
         )
     from lensmith.rundir import RunDir
 
-    if (run := RunDir(config.run)).exists:
+    if (run := RunDir(config.run)).latest_checkpoint():
         _say(f"{run.path} exists: resuming it. For a new run, add run=runs/another-name.")
     from lensmith.train.evaluate import train_and_compare
     from lensmith.train.progress import CountProgress, TrainProgress

@@ -128,12 +128,15 @@ class RunDir:
     def check_same(self, config: RunConfig) -> list[str]:
         """Make sure that resuming with `config` goes on with the same run; returns sentences to print.
 
-        Settings in MAY_CHANGE may differ. A different length moves the rest of the learning-rate schedule, so the run
+        Before the first checkpoint there is nothing to go on with, and any settings will do. Later those in MAY_CHANGE
+        may differ. A different length moves the rest of the learning-rate schedule, so the run
         equals neither a short nor a long one; that is said.
 
         Raises:
             RunError: other settings differ.
         """
+        if self.latest_checkpoint() is None:
+            return [f"{self.path}: no checkpoint there yet, so the run starts from its beginning."]
         before, config = self.read_config(), resolve_paths(config)
         now, then = config_diff(config, before), config_diff(before, config)
         differ = [s.path for s in list_settings() if s.path in {*now, *then}]

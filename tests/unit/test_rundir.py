@@ -133,7 +133,15 @@ def test_a_kill_during_a_save_leaves_no_checkpoint_that_looks_whole(run):
     assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["step-000005", "step-000010"]
 
 
+def test_before_the_first_checkpoint_any_settings_will_do(run):
+    """A run that stopped at a bad row is mended by a setting, in the same folder."""
+    run.append_metrics(step_stats(1))
+    told = run.check_same(read_config(None, [f"run={run.path}", "data.on_bad_row=skip"]))
+    assert told == [f"{run.path}: no checkpoint there yet, so the run starts from its beginning."]
+
+
 def test_other_settings_are_refused_with_both_values(run):
+    save(run, 1)
     changed = read_config(None, [f"run={run.path}", "tune.rank=32", "seed=1"])
     with pytest.raises(RunError) as caught:
         run.check_same(changed)
@@ -144,6 +152,7 @@ def test_other_settings_are_refused_with_both_values(run):
 
 
 def test_settings_that_do_not_change_past_steps_may_differ_and_are_told(run):
+    save(run, 1)
     changed = read_config(None, [f"run={run.path}", "optim.epochs=5", "save.keep=9"])
     told = run.check_same(changed)
     assert told[:2] == ["optim.epochs was 3.0 and is now 5.0.", "save.keep was 2 and is now 9."]
@@ -155,6 +164,7 @@ def test_settings_without_effect_do_not_make_another_run(tmp_path):
     config = read_config(None, ["tune.method=full", f"run={tmp_path / 'r'}"])
     run = RunDir(config.run)
     run.start(config.model_copy(update={"tune": config.tune.model_copy(update={"rank": 99})}), {})
+    save(run, 1)
     assert run.check_same(config) == []
 
 
@@ -164,6 +174,7 @@ def test_relative_and_absolute_data_paths_are_the_same_run(tmp_path, monkeypatch
     config = RunConfig.model_validate({"data": {"train": "rows.jsonl"}, "run": "r"})
     run = RunDir("r")
     run.start(config, {})
+    save(run, 1)
     assert run.check_same(config) == []
     assert run.read_config().data.train == str(tmp_path / "rows.jsonl")
 

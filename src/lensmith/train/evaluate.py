@@ -101,7 +101,7 @@ def train_and_compare(
     run, before, samples = RunDir(config.run), None, []
     asks = config.data.test is not None and os.environ.get("RANK", "0") == "0"
     if asks:
-        run.check_free()
+        _check_run(run, config)
         loaded = load_model(config)
         samples = held_out_samples(config, loaded, say)
         before = _answers_before(config, run, loaded, samples, eval_progress)
@@ -209,12 +209,19 @@ def _subject_config(subject: str, data: str | None) -> RunConfig:
     return RunConfig(model=subject, data=Data(test=data))
 
 
+def _check_run(run: RunDir, config: RunConfig) -> None:
+    """Before answers are written into the folder of another run; `train_model` tells what may differ."""
+    run.check_free()
+    if run.exists:
+        run.check_same(config)
+
+
 def _answers_before(
     config: RunConfig, run: RunDir, loaded: Loaded, samples: list[Sample], progress: Progress | None
 ) -> EvalResult:
     """The base model's answers; read back where an earlier start of this run asked the same questions."""
     keep = run.predictions_path("before")
-    if keep.is_file():
+    if keep.is_file() and run.latest_checkpoint() is not None:  # else the answers may be those of other settings
         kept = read_predictions(keep)
         if [(p.where, p.question, p.reference) for p in kept] == [(s.where, s.question, s.answer) for s in samples]:
             return _rescore(config, kept)
