@@ -84,7 +84,7 @@ class RefReader:
         raise RowError(
             where,
             "unreadable_image",
-            f"a {type(value).__name__} stands where a picture should; give a path, bytes or base64.",
+            f"a value of type {type(value).__name__} stands where a picture should; give a path, bytes or base64.",
         )
 
     def _from_text(self, value: str, where: str) -> ImageRef:

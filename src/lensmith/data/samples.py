@@ -189,7 +189,7 @@ def _chat(row: Row, column: str) -> list[Any]:
         except json.JSONDecodeError as cause:
             raise RowError(row.where, "malformed_row", f"{column!r} is a text but not JSON ({cause.msg}).") from cause
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
-        found = "no turns" if not value else f"a {type(value).__name__}"
+        found = "no turns" if not value else f"a value of type {type(value).__name__}"
         raise RowError(row.where, "malformed_row", f"{column!r} holds {found}; it must be a list of turns.")
     return list(value)
 
@@ -222,7 +222,8 @@ def _text_of(value: Any, row: Row) -> str:
     raise RowError(
         row.where,
         "malformed_row",
-        f"a {type(value).__name__} stands where one text should; choose another column with data.columns, or flatten it.",
+        f"a value of type {type(value).__name__} stands where one text should; "
+        "choose another column with data.columns, or flatten it.",
     )
 
 

@@ -98,10 +98,11 @@ class Scan:
     def _about_shrunk(self) -> str:
         if not self.shrunk:
             return ""
-        caps = [self.source.caps[row] for row in self.shrunk]
+        caps = sorted({self.source.caps[row] for row in self.shrunk})
+        most = f"{caps[0]} to {caps[-1]}" if len(caps) > 1 else f"{caps[0]}"
         named = _listed([self.source.samples[row].where for row in self.shrunk[:SHOWN_ROWS]], len(self.shrunk))
         return (
-            f"{len(self.shrunk):,} rows over the token budget: their images get {min(caps)} to {max(caps)} tokens each "
+            f"{len(self.shrunk):,} rows over the token budget: their images get at most {most} tokens each "
             f"({named}). Raise pack.tokens to keep them whole."
         )
 
