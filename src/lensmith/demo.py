@@ -64,6 +64,7 @@ def run_demo(
     train_progress: TrainProgress | None = None,
     eval_progress: EvalProgress | None = None,
     config: RunConfig | None = None,
+    questions: int = TEST_QUESTIONS,
 ) -> DemoResult:
     """Evaluate, train, evaluate again and write the page into the run folder.
 
@@ -71,10 +72,11 @@ def run_demo(
         run: where everything goes; where something is there already, a numbered folder beside it.
         train_progress, eval_progress: handed to `train_model` and `evaluate_model`.
         config: other settings than those of `demo_config`; its data, seed and run are replaced.
+        questions: how many of the official test split's to ask.
     """
     say = say or (lambda _: None)
     run = unused_folder(run)
-    train, test = write_rows(run / "rows", seed)
+    train, test = write_rows(run / "rows", seed, questions)
     data = Data(train=str(train), test=str(test))
     config = (config or demo_config()).model_copy(update={"data": data, "seed": seed, "run": run})
     compared = train_and_compare(config, say=say, train_progress=train_progress, eval_progress=eval_progress)
@@ -103,14 +105,14 @@ def unused_folder(run: Path) -> Path:
     return next(folder for folder in candidates if not folder.exists() or not any(folder.iterdir()))
 
 
-def write_rows(folder: Path, seed: int) -> tuple[Path, Path]:
+def write_rows(folder: Path, seed: int, questions: int = TEST_QUESTIONS) -> tuple[Path, Path]:
     """easy-VQA as train.jsonl and test.jsonl with image, question and answer: all training questions, the drawn test ones."""
     import easy_vqa
 
     folder.mkdir(parents=True, exist_ok=True)
     train = _rows(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
     test = _rows(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
-    drawn = sorted(random.Random(seed).sample(range(len(test)), TEST_QUESTIONS))
+    drawn = sorted(random.Random(seed).sample(range(len(test)), questions))
     return (
         _write_jsonl(folder / "train.jsonl", train),
         _write_jsonl(folder / "test.jsonl", [test[index] for index in drawn]),
@@ -138,13 +140,13 @@ def write_report(run: RunDir, test: Path, compared: Compared, seed: int) -> Path
     draw_loss_curve(samples, losses, curve, title="Training loss: lensmith/tiny on easy-VQA")
     examples = _examples(test, before, after)
     wrong = [example for example in examples if not example.right_after]
-    drawn = random.Random(seed).sample(examples, SHOWN_DRAWN)
+    drawn = random.Random(seed).sample(examples, min(SHOWN_DRAWN, len(examples)))
     page = run.path / "page.html"
     page.write_text(
         render_page(
             title=f"lensmith/tiny learned easy-VQA in {trained.train_s:.0f} seconds",
             summary=(
-                f"{trained.samples:,} training questions in {trained.steps:,} steps, tested before and after on "
+                f"{trained.steps:,} steps over {trained.samples:,} training questions, tested before and after on "
                 f"{len(examples):,} questions of the official test split, about pictures never trained on."
             ),
             facts={
