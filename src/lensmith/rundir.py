@@ -28,7 +28,7 @@ from lensmith.config.read import read_config, resolve_paths
 from lensmith.config.schema import list_settings
 from lensmith.config.tree import RunConfig
 from lensmith.config.write import config_diff, dump_config, write_value
-from lensmith.errors import RunError
+from lensmith.errors import LensmithError, RunError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -243,7 +243,9 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
     """Turns 'no space left' in whatever library was writing into a RunError that names the folder and the space."""
     try:
         yield
-    except (OSError, RuntimeError) as cause:
+    except LensmithError:  # said already, by whoever was writing
+        raise
+    except Exception as cause:
         if sentence := explain_full_disk(cause, folder):
             raise RunError(sentence) from cause
         raise
@@ -252,8 +254,7 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
 def explain_full_disk(cause: BaseException | None, folder: Path) -> str | None:
     """A sentence if the disk, a quota or a size limit ended the writing, else None.
 
-    Looks through the chain of causes. safetensors and torch raise errors of their own (a RuntimeError from
-    PyTorchStreamWriter) that carry no error number, so their text is read.
+    Looks through the chain of causes. Errors of safetensors and of torch's own writer carry no number; their text does.
     """
     while cause is not None:
         code = cause.errno if isinstance(cause, OSError) else None
@@ -265,7 +266,7 @@ def explain_full_disk(cause: BaseException | None, folder: Path) -> str | None:
                 f"{folder}: no space left to write in; {free:,.1f} MiB are free there. What was saved before is whole. "
                 "Make room, or choose a folder on another disk with run=..., and start the same command again."
             )
-        if code == errno.EFBIG:
+        if code == errno.EFBIG or "os error 27" in text:
             return (
                 f"{folder}: a file would be larger than this system lets one be ({text}). What was saved before is whole. "
                 "Raise the limit (ulimit -f), or choose a folder on another disk with run=..., and start again."
