@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset
 
 from lensmith.data.pack import pack_samples, plan_packs
-from lensmith.types import Pack, VisionGeometry
+from lensmith.types import Encoded, Pack, VisionGeometry
 
 if TYPE_CHECKING:
     from lensmith.data.scan import Scan
@@ -142,7 +142,7 @@ class StepDataset(Dataset[StepPacks]):
         samples = self.plan.steps[step]
         packs = [
             pack_samples(
-                [self.scan.source.encoded(int(self.scan.rows[sample])) for sample in members],
+                [self.encoded(sample) for sample in members],
                 self.geometry,
                 image_token_id=self.image_token_id,
                 share_prefix=self.share_prefix,
@@ -150,6 +150,10 @@ class StepDataset(Dataset[StepPacks]):
             for members in self.members(step)
         ]
         return StepPacks(tuple(packs), int(self.scan.learned[samples].sum()), len(samples))
+
+    def encoded(self, sample: int) -> Encoded:
+        """One sample of the scan, read and encoded again."""
+        return self.scan.source.encoded(int(self.scan.rows[sample]))
 
     def members(self, step: int) -> list[Int[np.ndarray, " samples"]]:
         """Samples of each pack of this process."""

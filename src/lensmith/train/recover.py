@@ -74,10 +74,9 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self) -> None:
         self.asked = False
 
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
-        return control
 
 
 @contextmanager

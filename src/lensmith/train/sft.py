@@ -5,17 +5,20 @@ rows -> samples -> scan -> steps -> model -> self-check -> TRL's loop -> tuned w
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-import trl
+from jaxtyping import Int
 from torch import nn
 from transformers import TrainerCallback, TrainerControl
+from trl.trainer.sft_config import SFTConfig
 
 from lensmith.config.tree import RunConfig
 from lensmith.data.encode import Encoder
@@ -157,17 +160,10 @@ def _shares_prefix(config: RunConfig, say: Callable[[str], None]) -> bool:
 
 
 def _check_first_packs(model: nn.Module, dataset: StepDataset, config: RunConfig, share_prefix: bool) -> str:
-    packs = []
-    for step in range(min(len(dataset), config.pack.check_packs)):
-        packs += [
-            [dataset.scan.source.encoded(int(dataset.scan.rows[sample])) for sample in members]
-            for members in dataset.members(step)
-        ]
-        if len(packs) >= config.pack.check_packs:
-            break
+    wanted = itertools.islice(_first_packs(dataset), config.pack.check_packs)
     checked = check_packs(
         model,
-        packs[: config.pack.check_packs],
+        [[dataset.encoded(sample) for sample in members] for members in wanted],
         dataset.geometry,
         image_token_id=dataset.image_token_id,
         share_prefix=share_prefix,
@@ -176,6 +172,12 @@ def _check_first_packs(model: nn.Module, dataset: StepDataset, config: RunConfig
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return checked.sentence()
+
+
+def _first_packs(dataset: StepDataset) -> Iterator[Int[np.ndarray, " samples"]]:
+    """Samples of each pack, from the first step on."""
+    for step in range(len(dataset)):
+        yield from dataset.members(step)
 
 
 def _open_run(run: RunDir, config: RunConfig, say: Callable[[str], None]) -> Path | None:
@@ -245,9 +247,9 @@ def _run_steps(
             f"To go on: lensmith train {run.config_path}"
         )
     if _rank() == 0:
-        _save_final(run, trainer.model, loaded, config)
+        _save_final(run, trainer.tuned, loaded, config)
     return TrainResult(
-        model=trainer.model,
+        model=trainer.tuned,
         processor=loaded.processor,
         steps=total,
         samples=sum(map(len, plan.steps[done:])),
@@ -265,7 +267,7 @@ def _save_final(run: RunDir, model: Any, loaded: Loaded, config: RunConfig) -> N
     loaded.processor.save_pretrained(str(run.path / TUNED_FOLDER))
 
 
-def training_arguments(config: RunConfig, plan: StepPlan, loaded: Loaded) -> trl.SFTConfig:
+def training_arguments(config: RunConfig, plan: StepPlan, loaded: Loaded) -> SFTConfig:
     """Our settings in transformers' words."""
     optim, total, gpu = config.optim, len(plan.steps), loaded.device.type == "cuda"
     name = optim.name or ("adamw_8bit" if gpu and loaded.name != "lensmith/tiny" else "adamw")
@@ -273,7 +275,7 @@ def training_arguments(config: RunConfig, plan: StepPlan, loaded: Loaded) -> trl
     constant = "constant_with_warmup" if warmup_steps else "constant"
     if "tensorboard" in config.log.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.run / "tensorboard"))
-    return trl.SFTConfig(
+    return SFTConfig(
         output_dir=str(config.run),
         max_steps=total,
         per_device_train_batch_size=1,

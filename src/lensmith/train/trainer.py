@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from trl.trainer import sft_trainer
+from trl.trainer.sft_config import SFTConfig
 
 from lensmith.data.loader import StepPacks
 from lensmith.model.adapters import TUNED_FOLDER, kept_values, restore_tuned, save_tuned
@@ -30,14 +31,14 @@ from lensmith.types import Pack, StepStats
 GIB = 2**30
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(sft_trainer.SFTTrainer):
     """See the module. `groups` are the optimizer's parameter groups, each with its own `lr`."""
 
     def __init__(
         self,
         *,
-        model: nn.Module,
-        args: trl.SFTConfig,
+        model: Any,
+        args: SFTConfig,
         processor: Any,
         loader: DataLoader[StepPacks],
         groups: Sequence[dict[str, Any]],
@@ -57,6 +58,11 @@ class SFTTrainer(trl.SFTTrainer):
         self.loader, self.groups, self.run_dir, self.guard, self.on_stats = loader, groups, run, guard, on_stats
         self._meter = _Meter()
 
+    @property
+    def tuned(self) -> nn.Module:
+        """The model without DDP's wrapper, with PEFT's."""
+        return self.model  # type: ignore[return-value]
+
     # --- data ---------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[StepPacks]:
@@ -71,7 +77,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.guard.wheres = tuple(where for pack in step.packs for where in pack.wheres)
         return [step], None
 
-    def floating_point_ops(self, inputs: StepPacks) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
     # --- one optimizer step -------------------------------------------------------------------------------------------
@@ -90,26 +96,22 @@ class SFTTrainer(trl.SFTTrainer):
             total = total + loss.detach()
         return total
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Pack,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+    def compute_loss(  # type: ignore[override]  packs instead of a dict of tensors
+        self, model: nn.Module, inputs: Pack, return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> Tensor:
         # DDP averages gradients over processes, but the count is already the whole step's: take the average back.
         return -model(pack=inputs).sum() * (self.accelerator.num_processes / num_items_in_batch)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class([dict(group) for group in self.groups], **settings)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
-        self.guard.before_clipping(self.model, self.state.global_step + 1)
+        self.guard.before_clipping(self.tuned, self.state.global_step + 1)
         norm = super()._clip_grad_norm(model)
-        self.guard.after_clipping(self.model, norm, self.state.global_step + 1, scaled=self.args.fp16)
+        self.guard.after_clipping(self.tuned, norm, self.state.global_step + 1, scaled=self.args.fp16)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -134,10 +136,11 @@ class SFTTrainer(trl.SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_tuned(self.model, Path(output_dir or self.args.output_dir) / TUNED_FOLDER)
+        assert output_dir is not None, "_save_checkpoint always says where"
+        save_tuned(self.tuned, Path(output_dir) / TUNED_FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_tuned(self.model, Path(resume_from_checkpoint))
+        restore_tuned(self.tuned, Path(resume_from_checkpoint))
 
 
 class _Meter:
