@@ -150,7 +150,7 @@ def write_report(run: RunDir, test: Path, compared: Compared, seed: int) -> Path
                 f"{len(examples):,} questions of the official test split, about pictures never trained on."
             ),
             facts={
-                "right answers": f"{before.score.value:.1%} → {after.score.value:.1%}",
+                "right answers": f"{100 * before.score.value:.1f} → {100 * after.score.value:.1f} %",
                 "training": f"{trained.train_s:.0f} s",
                 "speed": f"{trained.samples_per_s:,.0f} questions/s",
             },

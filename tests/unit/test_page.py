@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from lensmith.evals.page import Example, Gallery, Line, draw_loss_curve, render_page, smooth
+from lensmith.evals.page import Example, Gallery, Line, _example, draw_loss_curve, render_page, smooth
 from lensmith.evals.score import Comparison, Score
 
 BEFORE, AFTER = Score("normalised", 0.4, 0.37, 0.43, 1000), Score("normalised", 0.97, 0.958, 0.979, 1000)
@@ -85,6 +85,11 @@ def test_right_and_wrong_are_told_without_colour(page):
     assert "(nothing)" in before, "an empty answer is shown as such"
     assert "✓" in after
     assert "right: " in after
+
+
+def test_a_rambling_answer_is_cut_on_the_page(tmp_path, picture):
+    example = Example(picture, "what?", "yes", "shape" * 1000, "yes", False, True)
+    assert len(_example(example)) < 2000
 
 
 def test_a_gallery_without_examples_leaves_no_heading(page):

@@ -19,6 +19,8 @@ from lensmith.evals.score import Comparison, Score
 
 THUMBNAIL_PX = 256
 """Longest side of a picture on the page: enough for 88 CSS pixels on a dense screen."""
+SHOWN_CHARACTERS = 80
+"""Longer answers are cut on the page; the kept predictions have all of them."""
 SMOOTHING = 0.05
 """Share of all steps that one point of the smooth line is the mean of."""
 
@@ -106,7 +108,7 @@ def _example(example: Example) -> str:
     return (
         f'<li class="card"><img src="{_thumbnail_uri(example.picture)}" alt="">'
         f"<p>{escape(example.question)}</p><dl>"
-        f"<dt>right answer</dt><dd>{escape(example.reference)}</dd>"
+        f"<dt>right answer</dt><dd>{escape(_shorten(example.reference))}</dd>"
         f"<dt>before</dt>{_answer(example.before, example.right_before)}"
         f"<dt>after</dt>{_answer(example.after, example.right_after)}</dl></li>"
     )
@@ -114,11 +116,15 @@ def _example(example: Example) -> str:
 
 def _answer(answer: str, right: bool) -> str:
     mark, word = ("✓", "right") if right else ("✗", "wrong")
-    said = escape(answer) or "(nothing)"
+    said = escape(_shorten(answer)) or "(nothing)"
     return (
         f'<dd class="{word}"><span aria-hidden="true">{mark}</span><span class="hidden">{word}: </span> '
         f'<span class="said">{said}</span></dd>'
     )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def _thumbnail_uri(picture: Path) -> str:
@@ -146,6 +152,7 @@ def draw_loss_curve(samples: Sequence[int], losses: Sequence[float], path: Path,
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     # Figure without pyplot: no global state, and the user's own backend and style stay as they are.
     figure = Figure(figsize=(6.4, 3.2), dpi=200, layout="constrained", facecolor="white")
@@ -155,6 +162,10 @@ def draw_loss_curve(samples: Sequence[int], losses: Sequence[float], path: Path,
     axes.plot(seen, losses, color="#9db8dd", linewidth=0.8, label="each step")
     axes.plot(seen, smooth(losses), color="#1d5fbf", linewidth=2, label="running mean")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5))
+    )  # ends may lie within one decade, which must have labels too
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlim(0, seen[-1])
