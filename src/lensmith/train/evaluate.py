@@ -146,7 +146,6 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
         before = _evaluate(
             config, model, loaded.processor, samples, keep=run.predictions_path(f"before{suffix}"), progress=progress
         )
-        say(f"Before training: {before.score}")
         model, keep = load_tuned(model, find_tuned(run.path)), run.predictions_path(f"after{suffix}")
     after = _evaluate(config, model, loaded.processor, samples, keep=keep, progress=progress)
     evaluated = Evaluated(before, after, keep)
