@@ -110,13 +110,16 @@ def record(options: argparse.Namespace, run: Path, result: object) -> dict[str, 
         "steps": len(steps),
         "final_loss": round(result.loss, 4),  # type: ignore[attr-defined]
         "gpu_or_cpu": torch.cuda.get_device_name(),
-        "versions": environment(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "command": f"python benchmarks/run.py CHECKPOINT --size {options.size} --recompute {options.recompute} --steps {options.steps}",
+        "versions": _versions(environment()),
+        "commit": options.commit or _commit(),
+        "command": f"python benchmarks/run.py CHECKPOINT --size {options.size} --recompute {options.recompute} "
+        f"--steps {options.steps}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _versions(found: dict) -> dict[str, object]:
+    return {**found["versions"], "python": found["python"], "cuda": found["cuda"]}
 
 
 def _commit() -> str:

@@ -6,41 +6,36 @@ is never asked about.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lensmith.config.tree import Data, RunConfig
 from lensmith.data.encode import Encoder
-from lensmith.data.scan import hold_out, scan_source
-from lensmith.data.source import open_source
+from lensmith.data.scan import Scan
 from lensmith.errors import DataError, RunError
 from lensmith.evals.predict import (
     EvalResult,
-    Prediction,
     Progress,
     ask_model,
     compare_results,
     draw_samples,
     evaluate_model,
     read_predictions,
+    score_predictions,
 )
-from lensmith.evals.score import guess_metric, score_answers
 from lensmith.model.adapters import find_tuned, load_tuned
-from lensmith.model.load import Loaded, load_model, load_processor
+from lensmith.model.load import Loaded, load_model
 from lensmith.rundir import RunDir
-from lensmith.train.sft import PACK_TOKENS, TrainResult, train_model
+from lensmith.train.prepare import Say, prepare_run, scan_one, scan_rows
+from lensmith.train.ranks import rank, speaker
+from lensmith.train.sft import TrainResult, train_prepared
 from lensmith.types import Sample
 
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
-
-Say = Callable[[Any], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +93,28 @@ def train_and_compare(
     The answers before are kept in the run folder, so that a resumed run does not ask again. With several processes the
     first one asks.
     """
-    run, before, samples = RunDir(config.run), None, []
-    asks = config.data.test is not None and os.environ.get("RANK", "0") == "0"
-    if asks:
-        _check_run(run, config)
-        loaded = load_model(config)
-        samples = held_out_samples(config, loaded, say)
-        before = _answers_before(config, run, loaded, samples, eval_progress)
-        say(f"Before training: {before.score}")
-        del loaded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    say = speaker(say)
+    _check_run(RunDir(config.run), config)
+    prepared = prepare_run(config, say)
+    if prepared.held_out is None or not len(prepared.held_out.rows) or rank() != 0:
+        return Compared(train_prepared(prepared, say=say, progress=train_progress), None)
+    run, samples = prepared.run, _drawn_samples(prepared.held_out, config, say)
 
-    def ask_along(model: Any, step: int) -> None:
-        keep = run.predictions_path(f"step-{step:06d}")
-        result = _evaluate(config, model, trained_with, samples, keep=keep, progress=None)
-        say(f"After step {step}: {result.score}")
+    def ask(model: Any, name: str, progress: Progress | None = None) -> EvalResult:
+        keep = run.predictions_path(name)
+        return evaluate_model(
+            model, prepared.encoder, prepared.loaded.processor, samples, config.eval, keep=keep, progress=progress
+        )
 
-    trained_with = load_processor(config.model)
-    trained = train_model(config, say=say, progress=train_progress, during=ask_along if asks else None)
-    if before is None:
-        return Compared(trained, None)
-    keep = run.predictions_path("after")
-    after = _evaluate(config, trained.model, trained.processor, samples, keep=keep, progress=eval_progress)
-    evaluated = Evaluated(before, after, keep)
+    before = _kept_answers(config, run, samples) or ask(prepared.model, "before", eval_progress)
+    say(f"Before training: {before.score}")
+    trained = train_prepared(
+        prepared,
+        say=say,
+        progress=train_progress,
+        during=lambda model, step: say(f"After step {step}: {ask(model, f'step-{step:06d}').score}"),
+    )
+    evaluated = Evaluated(before, ask(trained.model, "after", eval_progress), run.predictions_path("after"))
     for sentence in evaluated.sentences():
         say(sentence)
     return Compared(trained, evaluated)
@@ -138,17 +131,21 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
     loaded = load_model(config)
     for sentence in loaded.sentences:
         say(sentence)
-    samples = held_out_samples(config, loaded, say)
+    encoder = Encoder.from_processor(loaded.processor, config.data.image)
+    samples = _held_out_samples(config, encoder, loaded, say)
     suffix = f"-{Path(data).stem}" if data else ""
-    before, keep = None, None
-    model: Any = loaded.model
-    if run.exists:
-        before = _evaluate(
-            config, model, loaded.processor, samples, keep=run.predictions_path(f"before{suffix}"), progress=progress
+
+    def ask(model: Any, keep: Path | None) -> EvalResult:
+        return evaluate_model(model, encoder, loaded.processor, samples, config.eval, keep=keep, progress=progress)
+
+    if not run.exists:
+        evaluated = Evaluated(None, ask(loaded.model, None), None)
+    else:
+        before, keep = (
+            ask(loaded.model, run.predictions_path(f"before{suffix}")),
+            run.predictions_path(f"after{suffix}"),
         )
-        model, keep = load_tuned(model, find_tuned(run.path)), run.predictions_path(f"after{suffix}")
-    after = _evaluate(config, model, loaded.processor, samples, keep=keep, progress=progress)
-    evaluated = Evaluated(before, after, keep)
+        evaluated = Evaluated(before, ask(load_tuned(loaded.model, find_tuned(run.path)), keep), keep)
     for sentence in evaluated.sentences():
         say(sentence)
     return evaluated
@@ -165,27 +162,22 @@ def ask_subject(subject: str, image: Path, question: str, *, say: Say) -> str:
     return ask_model(model, loaded.processor, image, question, budget=config.data.image)
 
 
-def held_out_samples(config: RunConfig, loaded: Loaded, say: Say) -> list[Sample]:
-    """The questions of data.test: a file's, or those that the share holds out of data.train; at most eval.samples."""
-    share = isinstance(config.data.test, float)
-    encoder = Encoder.from_processor(loaded.processor, config.data.image)
-    source = open_source(config.data, encoder, which="train" if share else "test")
-    scan = scan_source(
-        source,
-        budget_tokens=config.pack.tokens or PACK_TOKENS[loaded.device.type],
-        on_long=config.data.on_long,
-        on_bad_row=config.data.on_bad_row,
-        seed=config.seed,
-    )
-    if isinstance(config.data.test, float):
-        _, scan = hold_out(scan, config.data.test, config.seed)
+def _held_out_samples(config: RunConfig, encoder: Encoder, loaded: Loaded, say: Say) -> list[Sample]:
+    """The questions of data.test: a file's, or those that the share holds out of data.train."""
+    if isinstance(config.data.test, str):
+        scan = scan_one(config, encoder, loaded.device, "test", say)
     else:
-        for sentence in (*source.sentences, *scan.sentences()):
-            say(sentence)
+        _, scan = scan_rows(config, encoder, loaded.device, lambda _: None)
+    assert scan is not None, "_subject_config refuses data.test=null"
+    return _drawn_samples(scan, config, say)
+
+
+def _drawn_samples(scan: Scan, config: RunConfig, say: Say) -> list[Sample]:
+    """At most eval.samples of the scan's rows, read."""
     rows = np.unique(scan.rows).tolist()  # a weight above 1 repeats rows for training, not for asking
-    drawn = draw_samples([scan.source.sample(row) for row in rows], config.eval.samples, config.seed)
-    say(f"Asking {len(drawn)} of {len(rows)} held-out questions.")
-    return drawn
+    drawn = draw_samples(rows, config.eval.samples, config.seed)
+    say(f"Asking {len(drawn):,} of {len(rows):,} held-out questions.")
+    return [scan.source.sample(row) for row in drawn]
 
 
 def _subject_config(subject: str, data: str | None) -> RunConfig:
@@ -215,39 +207,15 @@ def _check_run(run: RunDir, config: RunConfig) -> None:
         run.check_same(config)
 
 
-def _answers_before(
-    config: RunConfig, run: RunDir, loaded: Loaded, samples: list[Sample], progress: Progress | None
-) -> EvalResult:
-    """The base model's answers; read back where an earlier start of this run asked the same questions."""
-    keep = run.predictions_path("before")
-    if keep.is_file() and run.latest_checkpoint() is not None:  # else the answers may be those of other settings
-        kept = read_predictions(keep)
-        if [(p.where, p.question, p.reference) for p in kept] == [(s.where, s.question, s.answer) for s in samples]:
-            return _rescore(config, kept)
-    run.path.mkdir(parents=True, exist_ok=True)
-    return _evaluate(config, loaded.model, loaded.processor, samples, keep=keep, progress=progress)
-
-
-def _evaluate(
-    config: RunConfig,
-    model: Any,
-    processor: Any,
-    samples: list[Sample],
-    *,
-    keep: Path | None,
-    progress: Progress | None,
-) -> EvalResult:
-    encoder = Encoder.from_processor(processor, config.data.image)
-    return evaluate_model(model, encoder, processor, samples, config.eval, keep=keep, progress=progress)
-
-
-def _rescore(config: RunConfig, predictions: list[Prediction]) -> EvalResult:
-    answers, references = [p.answer for p in predictions], [p.reference for p in predictions]
-    metric, why = guess_metric(references)
-    if config.eval.metric != "auto":
-        metric, why = config.eval.metric, f"metric {config.eval.metric}: set by eval.metric"
-    exact, normalised = (score_answers(answers, references, name) for name in ("exact", "normalised"))
-    return EvalResult(metric, why, exact, normalised, tuple(predictions), eval_s=0.0)
+def _kept_answers(config: RunConfig, run: RunDir, samples: list[Sample]) -> EvalResult | None:
+    """The base model's answers, where an earlier start of this run asked it the same questions."""
+    kept_path = run.predictions_path("before")
+    if not kept_path.is_file() or run.latest_checkpoint() is None:  # else they may be answers of other settings
+        return None
+    kept = read_predictions(kept_path)
+    if [(p.where, p.question, p.reference) for p in kept] != [(s.where, s.question, s.answer) for s in samples]:
+        return None
+    return score_predictions(kept, config.eval)
 
 
 def _score_json(result: EvalResult) -> dict[str, Any]:

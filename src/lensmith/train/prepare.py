@@ -1,0 +1,177 @@
+"""Everything before the first step: the run folder, the model, every row once, the order of the steps, what trains.
+
+`Prepared` is where training and the evaluation before it meet: model and rows are loaded once for both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import nn
+
+from lensmith.config.tree import RunConfig
+from lensmith.data.encode import Encoder
+from lensmith.data.loader import StepDataset, StepPlan, plan_steps
+from lensmith.data.scan import Scan, hold_out, scan_source
+from lensmith.data.source import open_source
+from lensmith.model.adapters import check_tune, prepare_trainable
+from lensmith.model.components import census_table, take_census
+from lensmith.model.load import Loaded, load_model
+from lensmith.model.versions import check_versions, environment
+from lensmith.rundir import RunDir, checkpoint_step
+from lensmith.train.ranks import rank, refuse_data_parallel, world_size
+from lensmith.train.selfcheck import check_packs
+
+PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
+"""Tokens per pack where the config leaves it open. On a GPU large matrix products; on a CPU what stays near its cache."""
+
+Say = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run ready for its first step, or for the first after its checkpoint."""
+
+    config: RunConfig
+    run: RunDir
+    checkpoint: Path | None
+    """Where to go on from; its weights are not in `model` yet."""
+    loaded: Loaded
+    encoder: Encoder
+    model: nn.Module
+    """With fresh adapters, so it still answers as the base does."""
+    plan: StepPlan
+    dataset: StepDataset
+    held_out: Scan | None
+
+    @property
+    def steps_done(self) -> int:
+        return checkpoint_step(self.checkpoint) if self.checkpoint else 0
+
+
+def prepare_run(config: RunConfig, say: Say) -> Prepared:
+    """Open the run folder, load the model, read every row once, decide what trains when; says each of these.
+
+    Raises LensmithError children for whatever the user can mend.
+    """
+    check_versions()
+    check_tune(config.tune)
+    refuse_data_parallel()
+    run = RunDir(config.run)
+    checkpoint = _open_run(run, config, say)
+    loaded = load_model(config)
+    for sentence in loaded.sentences:
+        say(sentence)
+    encoder = Encoder.from_processor(loaded.processor, config.data.image)
+    train, held_out = scan_rows(config, encoder, loaded.device, say)
+    plan, dataset = _plan(config, loaded, encoder, train, say)
+    model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
+    say(census_table(take_census(model)))
+    return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out)
+
+
+def _open_run(run: RunDir, config: RunConfig, say: Say) -> Path | None:
+    """Start or reopen the run folder; returns the checkpoint to go on from."""
+    if run.exists:
+        for sentence in run.check_same(config):
+            say(sentence)
+    checkpoint = run.latest_checkpoint()
+    if rank() == 0:
+        run.start(config, environment())
+        run.truncate_metrics(checkpoint_step(checkpoint) if checkpoint else 0)
+    say(f"Going on from {checkpoint}." if checkpoint else f"Run folder: {run.path}")
+    return checkpoint
+
+
+def scan_rows(config: RunConfig, encoder: Encoder, device: torch.device, say: Say) -> tuple[Scan, Scan | None]:
+    """What trains and what is held out: a share of data.train by image, or the rows of data.test."""
+    train = scan_one(config, encoder, device, "train", say)
+    if config.data.test is None:
+        return train, None
+    if isinstance(config.data.test, str):
+        return train, scan_one(config, encoder, device, "test", say)
+    train, held_out = hold_out(train, config.data.test, config.seed)
+    say(f"Held out {len(held_out.rows)} of them, by image; {len(train.rows)} train.")
+    return train, held_out
+
+
+def scan_one(config: RunConfig, encoder: Encoder, device: torch.device, which: Any, say: Say) -> Scan:
+    """Every row of data.train or data.test once, with what there is to say about it."""
+    source = open_source(config.data, encoder, which=which)
+    for sentence in source.sentences:
+        say(sentence)
+    scan = scan_source(
+        source,
+        budget_tokens=config.pack.tokens or PACK_TOKENS[device.type],
+        on_long=config.data.on_long,
+        on_bad_row=config.data.on_bad_row,
+        seed=config.seed,
+    )
+    for sentence in scan.sentences():
+        say(sentence)
+    return scan
+
+
+def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: Say) -> tuple[StepPlan, StepDataset]:
+    share_prefix = config.pack.share_prefix and not config.tune.dropout
+    if config.pack.share_prefix and not share_prefix:
+        say(
+            f"Prefix sharing is off because tune.dropout is {config.tune.dropout:g}: questions about one image would get "
+            "one dropout mask for its tokens instead of one each. Set tune.dropout=0 to have it back."
+        )
+    plan = plan_steps(
+        scan,
+        effective_samples=config.optim.effective_samples,
+        seed=config.seed,
+        epochs=config.optim.epochs,
+        steps=config.optim.steps,
+        share_prefix=share_prefix,
+        world=world_size(),
+    )
+    dataset = StepDataset(
+        scan,
+        plan,
+        encoder.geometry,
+        image_token_id=loaded.model.config.image_token_id,
+        budget_tokens=config.pack.tokens or PACK_TOKENS[loaded.device.type],
+        share_prefix=share_prefix,
+        together=config.pack.together,
+        rank=rank(),
+        world=world_size(),
+    )
+    packs = len(dataset.members(0))
+    say(
+        f"{len(plan.steps):,} steps of {config.optim.effective_samples} samples, {plan.per_epoch:,} an epoch; the first is "
+        f"{packs} {'pack' if packs == 1 else 'packs'} of at most {dataset.budget_tokens:,} tokens."
+    )
+    return plan, dataset
+
+
+def check_first_packs(prepared: Prepared) -> str:
+    """The self-check of `pack.check_packs` packs, as a sentence. Raises RunError on a difference."""
+    dataset = prepared.dataset
+    packs = itertools.islice(_first_packs(dataset), prepared.config.pack.check_packs)
+    checked = check_packs(
+        prepared.model,
+        [[dataset.encoded(sample) for sample in members] for members in packs],
+        dataset.geometry,
+        image_token_id=dataset.image_token_id,
+        share_prefix=dataset.share_prefix,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return checked.sentence()
+
+
+def _first_packs(dataset: StepDataset) -> Iterator[Int[np.ndarray, " samples"]]:
+    """Samples of each pack, from the first step on."""
+    for step in range(len(dataset)):
+        yield from dataset.members(step)
