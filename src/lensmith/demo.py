@@ -87,12 +87,16 @@ def run_demo(
 
 
 def demo_config() -> RunConfig:
-    """The demo's settings; docs/evaluation.md says what was tried."""
+    """Settings for two CPU cores.
+
+    The model is so narrow that adapters weigh: by counting multiplications, LoRA of rank 32 adds about 40 % to a step and
+    rank 8 about 10 %.
+    """
     return RunConfig(
         model="lensmith/tiny",
-        tune=Tune(method="lora", rank=32),
+        tune=Tune(method="lora", rank=8),
         pack=Packing(tokens=4096, share_prefix=True),
-        optim=Optim(learning_rate=3e-3, epochs=2, effective_samples=128),
+        optim=Optim(learning_rate=3e-3, epochs=1, effective_samples=128),
         memory=Memory(recompute="none"),
         eval=Eval(metric="normalised", samples=None, max_new_tokens=8, batch=128),
         save=Save(keep=1),
