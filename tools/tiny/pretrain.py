@@ -1,6 +1,6 @@
 """Pretrains lensmith/tiny on drawings, in minutes on one GPU.
 
-    python -m tools.tiny.pretrain --out OUT --minutes 6
+    python -m tools.tiny.pretrain --out OUT --minutes 4.4
 
 Reads configuration, tokenizer and processor from --base (src/lensmith/model/tiny), starts from random weights, and
 writes model.safetensors (bf16) and training.json (seed, curve, held-out scores, versions) to --out. Weights are fp32
@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from tools.tiny.feed import ANSWER_TOKENS, PREFIX, QUESTIONS, SIZES, Pool, row_tokens
 from tools.tiny.forward import Batch, GridForward, decoder_layer
+from tools.tiny.muon import Muon
 from tools.tiny.score import score_model
 from tools.tiny.tasks import make_item
 from torch import Tensor
@@ -46,11 +48,12 @@ MOST_SKIPPED = 20
 @dataclass(frozen=True, slots=True)
 class Settings:
     seed: int = 0
-    minutes: float = 6.0
+    minutes: float = 4.4
     """Training time; drawing the first pictures and scoring come on top."""
-    pictures: int = 384
+    pictures: int = 192
     """Per step, each with feed.QUESTIONS questions."""
-    learning_rate: float = 1.5e-3
+    muon_rate: float = 4e-3
+    adamw_rate: float = 2e-3
     warmup: float = 0.04
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
@@ -61,21 +64,72 @@ class Settings:
     capacity: int = 60_000
     """Pictures of each size held at once."""
     log_steps: int = 100
-    score_items: int = 120
+    score_items: int = 100
+
+
+def rate_share(progress: float, warmup: float) -> float:
+    """Linear rise, then a half cosine down to zero (Loshchilov and Hutter, arXiv:1608.03983)."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+
+
+class Optimizers:
+    """Muon for weight matrices, AdamW for embeddings, norms and biases; one rate each, both on the same schedule."""
+
+    def __init__(self, model: torch.nn.Module, settings: Settings, device: torch.device) -> None:
+        self.settings = settings
+        self.parameters = list(model.parameters())
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        named = dict(model.named_parameters())
+        matrices = {
+            name: p
+            for name, p in named.items()
+            if p.dim() > 1 and "embed_tokens" not in name and "pos_embed" not in name
+        }
+        # Tensors, so that a captured step reads their new values.
+        self.muon_rate, self.adamw_rate = (torch.zeros((), device=device) for _ in range(2))
+        self.skipped = torch.zeros((), device=device)
+        """How many steps were not taken because their gradient was not finite."""
+        self.muon = Muon(matrices, self.muon_rate, momentum=0.95, weight_decay=settings.weight_decay, pieces={"qkv": 3})
+        cuda = device.type == "cuda"
+        self.adamw = torch.optim.AdamW(
+            [p for name, p in named.items() if name not in matrices],
+            lr=self.adamw_rate if cuda else 0.0,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True,
+            capturable=cuda,
+        )
+
+    def set_rates(self, share: float) -> None:
+        """Sets both rates to this share of their peaks."""
+        self.muon_rate.fill_(share * self.settings.muon_rate)
+        self.adamw_rate.fill_(share * self.settings.adamw_rate)
+        if self.adamw_rate.device.type != "cuda":  # a fused AdamW takes a tensor only where it can be captured
+            self.adamw.param_groups[0]["lr"] = float(self.adamw_rate)
+
+    def step(self) -> Float[Tensor, ""]:
+        """Clips and steps; returns the gradient norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        usable = norm.isfinite()
+        self.skipped += ~usable
+        # torch's own protocol between loss scalers and fused optimizers: a step with found_inf = 1 changes nothing.
+        self.adamw.found_inf = (~usable).float()  # type: ignore[attr-defined]
+        self.adamw.step()
+        self.muon.step(usable)
+        return norm.detach()
 
 
 class Step:
     """One optimizer step on pictures of one size; one CUDA graph once captured."""
 
-    def __init__(self, forward: GridForward, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
-        self.forward, self.optimizer, self.settings = forward, optimizer, settings
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.device = self.parameters[0].device
+    def __init__(self, forward: GridForward, optimizers: Optimizers) -> None:
+        self.forward, self.optimizers = forward, optimizers
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: Batch | None = None
         self.seen: tuple[Tensor, ...] = ()
-        self.skipped = torch.zeros((), device=self.device)
-        """How many steps were not taken because their gradient was not finite."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Loss, share of answers right, gradient norm before clipping; as tensors that the next call overwrites."""
@@ -88,16 +142,12 @@ class Step:
 
     def _step(self, batch: Batch) -> tuple[Tensor, ...]:
         # cache_enabled=False: a cached bf16 copy of a weight must not outlive the graph that made it.
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, cache_enabled=False):
             loss, right = self.forward.losses(batch, ANSWER_TOKENS)
-        self.optimizer.zero_grad(set_to_none=False)
+        for parameter in self.optimizers.parameters:
+            parameter.grad.zero_()  # type: ignore[union-attr]
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        # torch's own protocol between loss scalers and fused optimizers: a step with found_inf = 1 changes nothing.
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        self.skipped += self.optimizer.found_inf
-        self.optimizer.step()
-        return loss.detach(), right.detach(), norm.detach()
+        return loss.detach(), right.detach(), self.optimizers.step()
 
     def capture(self, batch: Batch) -> None:
         """Makes later calls replay one CUDA graph. Takes four steps on `batch`; call it while the rate is zero."""
@@ -114,26 +164,6 @@ class Step:
         self.graph = graph
 
 
-def learning_rate(progress: float, settings: Settings) -> float:
-    """Linear rise, then a half cosine down to zero (Loshchilov and Hutter, arXiv:1608.03983)."""
-    if progress < settings.warmup:
-        return settings.learning_rate * progress / settings.warmup
-    share = (progress - settings.warmup) / (1 - settings.warmup)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def build_optimizer(model: torch.nn.Module, settings: Settings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; norms, biases and embeddings are not decayed. The rate is a tensor, so that a graph reads its new value."""
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        parameter.grad = torch.zeros_like(parameter)
-        (decayed if parameter.dim() > 1 and "embed" not in name else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    cuda = device.type == "cuda"
-    rate: Any = torch.tensor(0.0, device=device) if cuda else 0.0
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=cuda)
-
-
 def train(settings: Settings, base: Path, out: Path, device: torch.device) -> dict[str, Any]:
     """Trains from random weights for settings.minutes; leaves model.safetensors in `out`, returns the report."""
     pool = Pool(
@@ -146,15 +176,14 @@ def train(settings: Settings, base: Path, out: Path, device: torch.device) -> di
     )
     torch.manual_seed(settings.seed)
     model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(base)).float().to(device).train()
-    optimizer = build_optimizer(model, settings, device)
+    optimizers = Optimizers(model, settings, device)
     prefix = AutoTokenizer.from_pretrained(base)(PREFIX).input_ids
     torch.backends.cuda.enable_cudnn_sdp(False)  # FlashAttention is the better kernel for rows of 40 tokens
     layer = torch.compile(decoder_layer, dynamic=True) if settings.compile else None
     steps = {
         size: Step(
             GridForward(model, *size, prefix, row_tokens(size, prefix), half=torch.bfloat16, layer=layer),
-            optimizer,
-            settings,
+            optimizers,
         )
         for size in SIZES
     }
@@ -182,18 +211,13 @@ def _steps(
     """Steps on random sizes until the time is up, calling `keep` every KEEP_S; their number, and the curve."""
     order = random.Random(settings.seed)
     curve: list[dict[str, float]] = []
-    groups = steps[next(iter(SIZES))].optimizer.param_groups
+    optimizers = steps[next(iter(SIZES))].optimizers
     sums = torch.zeros(3, device=pool.device)
     start = kept = time.monotonic()
     number = 0
     while (progress := (time.monotonic() - start) / (60 * settings.minutes)) < 1:
         pool.receive(wait=False)
-        rate = learning_rate(progress, settings)
-        for group in groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        optimizers.set_rates(rate_share(progress, settings.warmup))
         size = order.choices(list(SIZES), list(SIZES.values()))[0]
         sums += torch.stack(steps[size](pool.batch(size, settings.pictures)))
         number += 1
@@ -202,13 +226,13 @@ def _steps(
         loss, right, norm = (sums / settings.log_steps).tolist()
         sums.zero_()
         seconds = time.monotonic() - start
-        skipped = sum(int(step.skipped) for step in steps.values())
+        skipped = int(optimizers.skipped)
         curve.append({"step": number, "s": round(seconds, 1), "loss": round(loss, 4), "right": round(right, 4)})
         print(
             json.dumps({**curve[-1], "norm": norm, "skipped": skipped, "drawn": sum(pool.drawn.values())}), flush=True
         )
         if skipped > MOST_SKIPPED or not math.isfinite(loss):
-            raise RuntimeError(f"step {number}: loss {loss}, {skipped} steps skipped; lower --learning-rate")
+            raise RuntimeError(f"step {number}: loss {loss}, {skipped} steps skipped; lower the rates")
         if time.monotonic() - kept > KEEP_S:
             keep()
             kept = time.monotonic()

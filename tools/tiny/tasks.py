@@ -104,7 +104,7 @@ def draw_things(canvas: Canvas, rng: random.Random) -> list[Asked]:
     asked: list[Asked] = []
     for thing in things:
         names = {"shape": thing.shape, "colour": thing.colour}
-        asked += [("colour", names, thing.colour), ("shape", names, thing.shape)]
+        asked += [("colour", names, thing.colour), *[("shape", names, thing.shape)] * 2]
         asked += claims(thing, things, rng)
         for axis, (low, high) in enumerate((("left", "right"), ("top", "bottom"))):
             share = (thing.x / canvas.width, thing.y / canvas.height)[axis]
@@ -246,11 +246,11 @@ def plural(shape: str) -> str:
 
 def draw_writing(canvas: Canvas, rng: random.Random) -> list[Asked]:
     """A word, a made-up word, a number or a mixed string of one to twelve signs, in any font that fits."""
-    style = rng.choices(["word", "madeup", "number", "mixed"], [50, 15, 25, 10])[0]
+    style = rng.choices(["word", "madeup", "number", "mixed", "short"], [42, 13, 20, 10, 15])[0]
     longest = max(3, min(12, canvas.width // 9))
     text = _something_to_read(style, longest, rng)
     name = _write_somewhere(canvas, text, rng)
-    quoted = {"kind": {"word": "word", "madeup": "word", "number": "number", "mixed": "string"}[style]}
+    quoted = {"kind": {"word": "word", "madeup": "word", "number": "number"}.get(style, "string")}
     asked: list[Asked] = [("read", quoted, text)] * 4
     asked += [("ink", quoted, name), ("length", quoted, str(len(text)))]
     asked += [("letter:first", quoted, text[0]), ("letter:last", quoted, text[-1])]
@@ -278,8 +278,9 @@ def _something_to_read(style: str, longest: int, rng: random.Random) -> str:
         )
     if style == "number":
         return str(rng.randrange(10 ** rng.randint(1, min(6, longest))))
+    most = 3 if style == "short" else min(8, longest)
     signs = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789-+%#&$"
-    return "".join(rng.choice(signs) for _ in range(rng.randint(1, min(8, longest))))
+    return "".join(rng.choice(signs) for _ in range(rng.randint(1, most)))
 
 
 def _write_somewhere(canvas: Canvas, text: str, rng: random.Random, band: tuple[float, float] = (0.0, 1.0)) -> str:
@@ -380,7 +381,7 @@ def draw_chart(canvas: Canvas, rng: random.Random) -> list[Asked]:
 
 
 KINDS: tuple[tuple[Callable[[Canvas, random.Random], list[Asked]], float, int], ...] = (
-    (draw_things, 50, 0),
+    (draw_things, 60, 0),
     (draw_writing, 22, 0),
     (draw_crowd, 10, 0),
     (draw_sum, 10, 0),
