@@ -37,7 +37,12 @@ def answer_questions(model: Any, processor: Any, asked: list[tuple[Image.Image, 
             for image, text in asked[start : start + BATCH]
         ]
         inputs = processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
         ).to(model.device)
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
