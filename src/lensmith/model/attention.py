@@ -221,17 +221,26 @@ def _grouped_heads_flag() -> dict[str, bool]:
 
 
 def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale: float) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
+    kv_heads = key.shape[1]
     outputs = []
     for bucket in layout.buckets:
-        stack = lambda rows, index: rows[index].transpose(1, 2)  # noqa: E731  -> [runs, heads, length, width]
-        k, v = stack(key, bucket.keys), stack(value, bucket.keys)
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        out = F.scaled_dot_product_attention(stack(query, bucket.queries), k, v, attn_mask=bucket.mask, scale=scale)
-        outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:])[bucket.rows])
-    stacked = torch.cat(outputs)
-    return stacked if layout.order is None else stacked[layout.order]
+        runs, longest = bucket.queries.shape
+        # Query heads that share a key head become more queries of that head: nothing is copied, products are larger.
+        # [runs, kv_heads, group * longest, width]
+        q = _take(query, bucket.queries).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        k, v = (_take(rows, bucket.keys).transpose(1, 2) for rows in (key, value))
+        groups = q.shape[2] // longest
+        mask = None if bucket.mask is None else bucket.mask.repeat(1, 1, groups, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = out.unflatten(2, (groups, longest)).permute(0, 3, 1, 2, 4).reshape(runs * longest, *query.shape[1:])
+        outputs.append(out if len(bucket.rows) == len(out) else out.index_select(0, bucket.rows))
+    stacked = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return stacked if layout.order is None else stacked.index_select(0, layout.order)
+
+
+def _take(rows: Float[Tensor, "rows heads width"], index: Int[Tensor, "runs longest"]) -> Tensor:
+    # index_select: its backward adds rows, that of plain indexing sorts them first.
+    return rows.index_select(0, index.flatten()).unflatten(0, tuple(index.shape))
 
 
 @cache

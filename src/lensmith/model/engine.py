@@ -25,6 +25,7 @@ from lensmith.errors import ModelError
 from lensmith.model.attention import Layout, attend, build_layout, kept_runs, segment_runs
 from lensmith.model.head import token_logprobs
 from lensmith.model.kernels import rms_norm, rotate, swiglu
+from lensmith.model.lora import project
 from lensmith.model.vision import encode_images
 from lensmith.types import IGNORE, Pack, Segment
 
@@ -133,10 +134,16 @@ def _run_layer(
     attention = layer.self_attn
     normed = rms_norm(layer.input_layernorm, hidden)
     asking, residual = (normed, hidden) if kept is None else (normed[kept], hidden[kept])
-    heads = lambda rows: rows.view(len(rows), -1, attention.head_dim)  # noqa: E731
-    query = rms_norm(attention.q_norm, heads(attention.q_proj(asking)))
-    key = rms_norm(attention.k_norm, heads(attention.k_proj(normed)))
+    heads = lambda rows: rows.unflatten(-1, (-1, attention.head_dim))  # noqa: E731
+    if kept is None:
+        query, key, value = project((attention.q_proj, attention.k_proj, attention.v_proj), normed)
+    else:
+        (query,), (key, value) = (
+            project((attention.q_proj,), asking),
+            project((attention.k_proj, attention.v_proj), normed),
+        )
+    query, key = rms_norm(attention.q_norm, heads(query)), rms_norm(attention.k_norm, heads(key))
     query, key = rotate(query, key, rope, kept)
-    mixed = attend(query, key, heads(attention.v_proj(normed)), layout, attention.scaling)
-    hidden = residual + attention.o_proj(mixed.reshape(len(mixed), -1))
+    mixed = attend(query, key, heads(value), layout, attention.scaling)
+    hidden = residual + project((attention.o_proj,), mixed.reshape(len(mixed), -1))[0]
     return hidden + swiglu(layer.mlp, rms_norm(layer.post_attention_layernorm, hidden))

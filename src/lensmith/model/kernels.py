@@ -1,4 +1,4 @@
-"""Small steps of the decoder with a fused kernel where one exists, and the stock module everywhere else.
+"""Small steps of the decoder: a fused kernel where one exists, the stock module everywhere else.
 
 Liger's Triton kernels run on CUDA in 16-bit types; each step below computes what transformers' module computes. A plain
 RMSNorm is four passes over memory, the fused one two; at 6,000 tokens of 8B that is 0.02 s per forward pass.
@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+from lensmith.model.lora import project
 
 
 @cache
@@ -66,8 +68,9 @@ def _rotate_fused(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 def swiglu(mlp: Any, x: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
     """down(silu(gate(x)) * up(x))"""
+    gate, up = project((mlp.gate_proj, mlp.up_proj), x)
     if not _fused(x):
-        return mlp(x)
+        return project((mlp.down_proj,), mlp.act_fn(gate) * up)[0]
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    return mlp.down_proj(LigerSiLUMulFunction.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+    return project((mlp.down_proj,), LigerSiLUMulFunction.apply(gate, up))[0]
