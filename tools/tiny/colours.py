@@ -84,7 +84,7 @@ def shades() -> dict[str, list[RGB]]:
     best, second = np.sort(nearest, axis=0)[:2]
     owner = nearest.argmin(axis=0)
     clear = best <= MARGIN * second
-    return {name: [tuple(map(int, c)) for c in grid[clear & (owner == i)]] for i, name in enumerate(NAMES)}
+    return {name: [(int(r), int(g), int(b)) for r, g, b in grid[clear & (owner == i)]] for i, name in enumerate(NAMES)}
 
 
 def draw_shade(name: str, rng: random.Random) -> RGB:

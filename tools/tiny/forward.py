@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 MEAN = STD = 0.5
 """The processor's image_mean and image_std, equal for all channels."""
@@ -51,12 +53,12 @@ class GridForward:
         self.model = model
         self.vision = model.model.visual
         self.language = model.model.language_model
-        config = model.config.vision_config
+        config: Any = model.config.vision_config  # transformers types it as None or a dictionary, too
         self.patch, self.merge, self.frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
         self.rows, self.columns = height // self.patch, width // self.patch
         device = self.vision.pos_embed.weight.device
         grid = torch.tensor([[1, self.rows, self.columns]], device=device)
-        self.table_index, self.table_weight = stock.get_vision_interpolation_indices_and_weights(
+        self.table_index, self.table_weight = get_vision_interpolation_indices_and_weights(
             grid,
             num_grid_per_side=self.vision.num_grid_per_side,
             mode=self.vision.interpolation_mode,
@@ -64,7 +66,7 @@ class GridForward:
             spatial_merge_size=self.merge,
             kwargs={},
         )
-        places = stock.get_vision_position_ids(grid, self.merge, kwargs={})
+        places = get_vision_position_ids(grid, self.merge, kwargs={})
         like = torch.zeros(1, device=device)
         self.patch_rope = self.vision.rotary_pos_emb(like, places)
         num_image = self.rows * self.columns // self.merge**2
@@ -73,9 +75,11 @@ class GridForward:
         row = torch.zeros(1, row_tokens, dtype=torch.long, device=device)
         row[0, : len(self.prefix_ids)] = torch.tensor(self.prefix_ids, device=device)
         kinds = (row == model.config.image_token_id).int()
-        positions, _ = model.model.get_rope_index(row, mm_token_type_ids=kinds, image_grid_thw=grid)
+        rope_index: Callable[..., tuple[Tensor, Tensor]] = model.model.get_rope_index
+        positions, _ = rope_index(row, mm_token_type_ids=kinds, image_grid_thw=grid)
         self.token_rope = self.language.rotary_emb(like, positions[-3:])
-        self.half, self.layer = half, layer or decoder_layer
+        self.half = half
+        self.layer: Callable[..., Tensor] = layer or decoder_layer
 
     def patches(self, pixels: UInt8[Tensor, "P height width 3"]) -> Float[Tensor, "P patches values"]:
         """What the processor makes of each picture: patches in merge order; channels, frames, rows, columns in each."""
@@ -188,7 +192,8 @@ def decoder_layer(
     q, k, v = (F.linear(n, weight.to(half)).unflatten(-1, (-1, head)) for weight in (query, key, value))
     q, k = rotate(norm(q, query_norm)), rotate(norm(k, key_norm))
     k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-    seen = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     x = x + F.linear(seen.transpose(1, 2).flatten(2), out.to(half))
     n = norm(x, before_mlp).to(half)
     return x + F.linear(F.silu(F.linear(n, gate.to(half))) * F.linear(n, up.to(half)), down.to(half))

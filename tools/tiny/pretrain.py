@@ -175,7 +175,9 @@ def train(settings: Settings, base: Path, out: Path, device: torch.device) -> di
         capacity=settings.capacity,
     )
     torch.manual_seed(settings.seed)
-    model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(base)).float().to(device).train()
+    config: Any = AutoConfig.from_pretrained(base)
+    model: Any = Qwen3VLForConditionalGeneration(config)
+    model.float().to(device).train()
     optimizers = Optimizers(model, settings, device)
     prefix = AutoTokenizer.from_pretrained(base)(PREFIX).input_ids
     torch.backends.cuda.enable_cudnn_sdp(False)  # FlashAttention is the better kernel for rows of 40 tokens
@@ -242,7 +244,8 @@ def _steps(
 def save(model: Qwen3VLForConditionalGeneration, out: Path) -> None:
     """Writes the weights in bf16, as plain transformers does; a stop in between leaves the last complete ones."""
     fresh = out / "new"
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(fresh)
+    rounded: Any = copy.deepcopy(model)
+    rounded.to(torch.bfloat16).save_pretrained(fresh)
     (fresh / "model.safetensors").replace(out / "model.safetensors")
     shutil.rmtree(fresh)
 

@@ -54,7 +54,8 @@ def score_model(folder: Path, items: int, device: str) -> dict[str, dict[str, fl
     """Task -> share of answers that are exactly right, and how many were asked; `all` is over all questions."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     asked = held_out(items)
     answers = answer_questions(model, processor, [(image, question.text) for image, question in asked])
