@@ -31,6 +31,10 @@ ToDevice = Callable[[np.ndarray], Tensor]
 BUCKET_GROWTH = 1.25
 """Runs share a padded bucket while the longest is at most this many times the shortest."""
 
+SHORT_RUN = 64
+"""On a CPU runs up to this long go through plain products: 5.2 ms instead of 12.0, forward and backward, for 142 runs of
+19 queries and 28 keys (two cores; torch's flash kernel has blocks of 32 rows and more)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -231,11 +235,21 @@ def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: Padded, sc
         k, v = (_take(rows, bucket.keys).transpose(1, 2) for rows in (key, value))
         groups = q.shape[2] // longest
         mask = None if bucket.mask is None else bucket.mask.repeat(1, 1, groups, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        if max(longest, bucket.keys.shape[1]) <= SHORT_RUN and q.device.type == "cpu":
+            out = _attend_short(q, k, v, mask, scale)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         out = out.unflatten(2, (groups, longest)).permute(0, 3, 1, 2, 4).reshape(runs * longest, *query.shape[1:])
         outputs.append(out if len(bucket.rows) == len(out) else out.index_select(0, bucket.rows))
     stacked = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return stacked if layout.order is None else stacked.index_select(0, layout.order)
+
+
+def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = torch.matmul(q * scale, k.transpose(-1, -2))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.matmul(scores.softmax(-1), v)
 
 
 def _take(rows: Float[Tensor, "rows heads width"], index: Int[Tensor, "runs longest"]) -> Tensor:

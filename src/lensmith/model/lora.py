@@ -77,7 +77,9 @@ class _MergedLinears(torch.autograd.Function):
             if down_RI is None:
                 found += [None, None, None]
                 continue
-            found += [None, (part_TO @ up_OR).T @ x_TI * scale, part_TO.T @ (x_TI @ down_RI.T) * scale]
+            # Thin products with the rank first: on a CPU [rank, T] x [T, outputs] takes an eighth of its transpose.
+            thin_RT, back_RT = down_RI @ x_TI.T, up_OR.T @ part_TO.T
+            found += [None, (back_RT @ x_TI).mul_(scale), (thin_RT @ part_TO).T.mul(scale)]
         return grad_x, None, *found
 
 
