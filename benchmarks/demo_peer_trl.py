@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from record import make_record
 
 WARMUP_STEPS = 3
 BATCHES = (8, 16, 32, 64, 128)
@@ -118,8 +118,6 @@ def main() -> None:
     parser.add_argument("--model", default="lensmith/tiny")
     wanted = parser.parse_args()
 
-    import torch
-
     from lensmith.model.names import resolve_model
 
     stdout, sys.stdout = sys.stdout, sys.stderr  # trainers print there too; stdout is for the one object
@@ -130,15 +128,16 @@ def main() -> None:
                 measure(rows, path=resolve_model(wanted.model), batch=batch, workers=workers, seconds=wanted.seconds)
             )
             print(tried[-1], file=sys.stderr, flush=True)
-    result = {
-        "benchmark": "demo_peer_trl",
-        "command": " ".join(["python", *sys.argv]),
-        "best": max(tried, key=lambda run: run["samples_per_s"]),
-        "tried": tried,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-    }
+    best = max(tried, key=lambda run: run["samples_per_s"])
+    result = make_record(
+        "demo-samples-per-s-trl",
+        f"the demo's job with stock TRL, batch {best['batch']}, {best['workers']} loader workers",
+        round(best["samples_per_s"], 1),
+        "questions/s",
+        command=" ".join(["python", *sys.argv]),
+        best=best,
+        tried=tried,
+    )
     print(json.dumps(result, indent=2), file=stdout)
 
 

@@ -14,13 +14,15 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from record import make_record
 
 IMAGE_PX = [(512, 512), (640, 480), (800, 600), (1024, 768), (1024, 1024), (768, 1024), (1280, 960), (448, 800)]
 WORDS = "the of chart value sales growth in year what is trend line bar total between region price north south highest lowest"
@@ -89,41 +91,28 @@ def main() -> None:
         options.out.write_text(json.dumps(record(options, run, result), indent=2) + "\n", encoding="utf-8")
 
 
-def record(options: argparse.Namespace, run: Path, result: object) -> dict[str, object]:
+def record(options: argparse.Namespace, run: Path, result: Any) -> dict[str, Any]:
     """One result, in the shape of benchmarks/results/*.json."""
     import torch
 
-    from lensmith.model.versions import environment
-
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
-    return {
-        "name": f"w1-{options.size.lower()}-qlora-recompute-{options.recompute}",
-        "what": f"W1: {options.size} QLoRA, 8 samples a step, recompute {options.recompute}",
-        "value": round(statistics.median(step["step_s"] for step in steps), 3),
-        "unit": "s per 8 samples",
-        "peak_reserved_gib": round(max(step["peak_gib"] for step in steps), 2),
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "min_s": round(min(step["step_s"] for step in steps), 3),
-        "max_s": round(max(step["step_s"] for step in steps), 3),
-        "data_wait_s": round(statistics.median(step["data_wait_s"] for step in steps), 4),
-        "tokens_per_step": round(statistics.mean(step["tokens"] for step in steps)),
-        "steps": len(steps),
-        "final_loss": round(result.loss, 4),  # type: ignore[attr-defined]
-        "gpu_or_cpu": torch.cuda.get_device_name(),
-        "versions": _versions(environment()),
-        "commit": options.commit or _commit(),
-        "command": f"python benchmarks/run.py CHECKPOINT --size {options.size} --recompute {options.recompute} "
+    return make_record(
+        f"w1-{options.size.lower()}-qlora-recompute-{options.recompute}",
+        f"W1: {options.size} QLoRA, 8 samples a step, recompute {options.recompute}",
+        round(statistics.median(step["step_s"] for step in steps), 3),
+        "s per 8 samples",
+        command=f"python benchmarks/run.py CHECKPOINT --size {options.size} --recompute {options.recompute} "
         f"--steps {options.steps}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _versions(found: dict) -> dict[str, object]:
-    return {**found["versions"], "python": found["python"], "cuda": found["cuda"]}
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        commit=options.commit,
+        peak_reserved_gib=round(max(step["peak_gib"] for step in steps), 2),
+        peak_allocated_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        min_s=round(min(step["step_s"] for step in steps), 3),
+        max_s=round(max(step["step_s"] for step in steps), 3),
+        data_wait_s=round(statistics.median(step["data_wait_s"] for step in steps), 4),
+        tokens_per_step=round(statistics.mean(step["tokens"] for step in steps)),
+        steps=len(steps),
+        final_loss=round(result.loss, 4),
+    )
 
 
 if __name__ == "__main__":
