@@ -245,3 +245,8 @@ class StepStats:
     data_wait_s: float
     peak_gib: float
     """torch's reserved memory on the GPU, 2**30 bytes; 0 on CPU."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`: for sentences."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -189,9 +189,7 @@ def test_values_are_kept_where_another_library_rounds_them(build_tiny):
 
 
 @pytest.mark.parametrize("tune", [EVERYWHERE, MIXED, Tune(language="frozen", merger="trained")])
-def test_saved_and_loaded_is_the_same_model_bitwise(
-    build_tiny, stock_logits, stock_loss, sample, tune, tmp_path
-):
+def test_saved_and_loaded_is_the_same_model_bitwise(build_tiny, stock_logits, stock_loss, sample, tune, tmp_path):
     tuned = step(prepare_trainable(build_tiny(), tune, seed=0), stock_loss, sample)
     save_tuned(tuned, tmp_path / "tuned")
     after = stock_logits(tuned, sample)

@@ -31,8 +31,9 @@ def pack_samples(
     image_token_id: int,
     share_prefix: bool = True,
     read: PixelReader = read_patches,
+    pixel_dtype: torch.dtype | None = None,
 ) -> Pack:
-    """Lay samples end to end in the order of their first image's first appearance; reads the pixels."""
+    """Lay samples end to end, those that share a prefix together; reads the pixels, in `pixel_dtype` if one is given."""
     parts = _Parts(geometry, image_token_id)
     for members in _groups(samples, share_prefix):
         first = samples[members[0]]
@@ -44,12 +45,13 @@ def pack_samples(
             parts.add(samples[member], slice(start, None), prefix)
         parts.images.extend(first.images)
     pixels = [read(image, geometry) for image in parts.images]
+    stacked = torch.cat(pixels) if pixels else torch.empty(0, geometry.patch_values)
     return Pack(
         input_ids=torch.from_numpy(np.concatenate(parts.input_ids)),
         labels=torch.from_numpy(np.concatenate(parts.labels)),
         positions=torch.from_numpy(np.concatenate(parts.positions, axis=1)),
         segments=tuple(parts.segments),
-        pixels=torch.cat(pixels) if pixels else torch.empty(0, geometry.patch_values),
+        pixels=stacked if pixel_dtype is None else stacked.to(pixel_dtype),
         grids=torch.tensor([grid_of(image, geometry) for image in parts.images], dtype=torch.int64).reshape(-1, 3),
         wheres=tuple(samples[member].where for members in _groups(samples, share_prefix) for member in members),
     )

@@ -102,7 +102,7 @@ class Scan:
         most = f"{caps[0]} to {caps[-1]}" if len(caps) > 1 else f"{caps[0]}"
         named = _listed([self.source.samples[row].where for row in self.shrunk[:SHOWN_ROWS]], len(self.shrunk))
         return (
-            f"{len(self.shrunk):,} rows over the token budget: their images get at most {most} tokens each "
+            f"{counted(len(self.shrunk), 'row')} over the token budget: their images get at most {most} tokens each "
             f"({named}). Raise pack.tokens to keep them whole."
         )
 

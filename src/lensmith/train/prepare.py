@@ -64,6 +64,10 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     check_versions()
     check_tune(config.tune)
     refuse_data_parallel()
+    if torch.cuda.is_available():
+        # Packs differ in length from step to step; fixed segments would leave gaps that no other length fits (W1 without
+        # recomputation: 109 GiB reserved for 43 in use).
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     run = RunDir(config.run)
     checkpoint = _open_run(run, config, say)
     loaded = load_model(config)
@@ -143,6 +147,7 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
         budget_tokens=config.pack.tokens or PACK_TOKENS[loaded.device.type],
         share_prefix=share_prefix,
         together=config.pack.together,
+        pixel_dtype=loaded.dtype,
         rank=rank(),
         world=world_size(),
     )
