@@ -125,7 +125,7 @@ def test_row_over_the_budget_gets_smaller_images_until_it_fits(scan_of):
     assert (encoded.labels != IGNORE).sum() == wide.learned[-1], "text is never cut"
     assert pickle.loads(pickle.dumps(scan.source)).encoded(13).num_tokens == scan.tokens[-1]
     sentence = next(text for text in scan.sentences() if "over the token budget" in text)
-    assert sentence.startswith("1 rows over the token budget: their images get at most 31 tokens each")
+    assert sentence.startswith("1 row over the token budget: their images get at most 31 tokens each")
     assert "(rows.jsonl:14). Raise pack.tokens to keep them whole." in sentence
 
 

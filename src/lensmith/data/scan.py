@@ -19,6 +19,7 @@ import numpy as np
 
 from lensmith.data.measure import IMAGE_NUMBERS, ROW_NUMBERS, Chunk, Measurer
 from lensmith.errors import DataError
+from lensmith.types import counted
 
 if TYPE_CHECKING:
     from jaxtyping import Int

@@ -28,6 +28,7 @@ from lensmith.model.versions import check_versions, environment
 from lensmith.rundir import RunDir, checkpoint_step
 from lensmith.train.ranks import rank, refuse_data_parallel, world_size
 from lensmith.train.selfcheck import check_packs
+from lensmith.types import counted
 
 PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
 """Tokens per pack where the config leaves it open. On a GPU large matrix products; on a CPU what stays near its cache."""
@@ -151,10 +152,9 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
         rank=rank(),
         world=world_size(),
     )
-    packs = len(dataset.members(0))
     say(
-        f"{len(plan.steps):,} steps of {config.optim.effective_samples} samples, {plan.per_epoch:,} an epoch; the first is "
-        f"{packs} {'pack' if packs == 1 else 'packs'} of at most {dataset.budget_tokens:,} tokens."
+        f"{counted(len(plan.steps), 'step')} of {counted(config.optim.effective_samples, 'sample')}, {plan.per_epoch:,} an "
+        f"epoch; the first is {counted(len(dataset.members(0)), 'pack')} of at most {dataset.budget_tokens:,} tokens."
     )
     return plan, dataset
 

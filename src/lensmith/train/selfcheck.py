@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lensmith.data.images import grid_of, read_patches
 from lensmith.data.pack import pack_samples
 from lensmith.errors import RunError
-from lensmith.types import IGNORE, Encoded, VisionGeometry
+from lensmith.types import IGNORE, Encoded, VisionGeometry, counted
 
 MOST_SAMPLES = 32
 """Of each pack so many samples are replayed, evenly drawn: a wrong mask shows in any of them, and small samples come by
@@ -42,8 +42,9 @@ class PackCheck:
 
     def sentence(self) -> str:
         return (
-            f"Self-check: {self.packs} packs against {self.samples} of their samples one by one, {self.tokens} learned tokens: "
-            f"log-probabilities agree within {self.worst_nats:.2g} nats (limit {self.tolerance_nats:g})."
+            f"Self-check: {counted(self.packs, 'pack')} against {counted(self.samples, 'sample')} of theirs one by one, "
+            f"{counted(self.tokens, 'learned token')}: log-probabilities agree within {self.worst_nats:.2g} nats "
+            f"(limit {self.tolerance_nats:g})."
         )
 
 
