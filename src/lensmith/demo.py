@@ -95,8 +95,8 @@ def demo_config() -> RunConfig:
     return RunConfig(
         model="lensmith/tiny",
         tune=Tune(method="lora", rank=8),
-        pack=Packing(tokens=4096, share_prefix=True),
-        optim=Optim(learning_rate=3e-3, epochs=0.6, effective_samples=128),
+        pack=Packing(tokens=8192, share_prefix=True),
+        optim=Optim(learning_rate=4e-3, epochs=0.6, effective_samples=256),
         memory=Memory(recompute="none"),
         eval=Eval(metric="normalised", samples=None, max_new_tokens=8, batch=128),
         save=Save(keep=1),

@@ -75,6 +75,10 @@ class Skeleton:
         return False
 
 
+KNOWN_TEXTS, SHORT_TEXT = 4096, 200
+"""So many texts of at most so many characters are tokenised once: templated questions and one-word answers recur."""
+
+
 class Templater:
     """One checkpoint's template and tokenizer."""
 
@@ -102,6 +106,7 @@ class Templater:
                 f"the tokenizer has no special token {missing[0]!r}, which Qwen3-VL's format needs; "
                 "use the tokenizer that came with the checkpoint"
             )
+        self._known: dict[str, list[int]] = {}
         self._image, self._end = image, end
         self.image_token_id, self.end_token_id = self._special[image], self._special[end]
         longest_first = sorted(self._special, key=len, reverse=True)
@@ -115,8 +120,13 @@ class Templater:
         self._plain.encode_special_tokens = True
 
     def tokenise(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it as plain characters."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """Ids of a text, special tokens in it as plain characters. Not to be changed: short texts are remembered."""
+        ids = self._known.get(text)
+        if ids is None:
+            ids = self._plain.encode(text, add_special_tokens=False).ids
+            if len(self._known) < KNOWN_TEXTS and len(text) <= SHORT_TEXT:
+                self._known[text] = ids
+        return ids
 
     def skeleton(self, messages: Sequence[Message], *, prompt_only: bool) -> Skeleton:
         """What the template writes around texts in messages of this shape; their words do not matter."""

@@ -159,7 +159,7 @@ def _build_padded(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDe
 
 def _buckets(lengths_q: Int[np.ndarray, " runs"], lengths_k: Int[np.ndarray, " runs"]) -> list[np.ndarray]:
     """Run numbers grouped so that padding stays under BUCKET_GROWTH per side (a few tokens are always allowed)."""
-    level = lambda lengths: np.ceil(np.log(np.maximum(lengths, 8)) / np.log(BUCKET_GROWTH)).astype(int)  # noqa: E731
+    level = lambda lengths: np.ceil(np.log(np.maximum(lengths, 32)) / np.log(BUCKET_GROWTH)).astype(int)  # noqa: E731
     keys = level(lengths_q) * 1000 + level(lengths_k)
     return [np.flatnonzero(keys == key) for key in np.unique(keys)]
 
@@ -167,21 +167,21 @@ def _buckets(lengths_q: Int[np.ndarray, " runs"], lengths_k: Int[np.ndarray, " r
 def _stack_bucket(
     lengths: np.ndarray, starts: np.ndarray, key_rows: list[np.ndarray], causal: bool, tensor: ToDevice
 ) -> Bucket:
-    longest_q, longest_k = int(lengths.max()), max(map(len, key_rows))
+    counts = np.array([len(rows) for rows in key_rows])
+    i, j = np.arange(lengths.max()), np.arange(counts.max())
     # Padding repeats row 0 and is masked (keys) or dropped (queries).
-    queries = np.zeros((len(lengths), longest_q), dtype=np.int64)
-    keys = np.zeros((len(lengths), longest_k), dtype=np.int64)
-    mask = np.zeros((len(lengths), 1, longest_q, longest_k), dtype=bool)
-    i, j = np.arange(longest_q)[:, None], np.arange(longest_k)[None]
-    for n, (length, start, rows) in enumerate(zip(lengths, starts, key_rows, strict=True)):
-        queries[n, :length] = np.arange(start, start + length)
-        keys[n, : len(rows)] = rows
-        # Bottom-right causal: the last query sees every key. A padded query row would see nothing and turn into NaN,
-        # so it sees key 0; its output is dropped.
-        mask[n, 0] = (j < len(rows)) & (j - i <= len(rows) - length) if causal else j < len(rows)
-        mask[n, 0, length:, 0] = True
-    rows = np.flatnonzero((np.arange(longest_q)[None] < lengths[:, None]).ravel())
-    return Bucket(tensor(queries), tensor(keys), None if mask.all() else tensor(mask), tensor(rows))
+    real_q, real_k = i < lengths[:, None], j < counts[:, None]
+    queries = np.where(real_q, starts[:, None] + i, 0)
+    flat, first = np.concatenate(key_rows), np.cumsum(counts) - counts
+    keys = np.where(real_k, flat[np.minimum(first[:, None] + j, len(flat) - 1)], 0)
+    mask = np.broadcast_to(real_k[:, None], (len(lengths), len(i), len(j)))
+    if causal:
+        # Bottom-right: the last query sees every key.
+        mask = mask & (j - i[:, None] <= (counts - lengths)[:, None, None])
+    # A padded query would see nothing and turn into NaN, so it sees key 0; its output is dropped.
+    mask = mask | (~real_q[:, :, None] & (j == 0))
+    rows = np.flatnonzero(real_q.ravel())
+    return Bucket(tensor(queries), tensor(keys), None if mask.all() else tensor(mask[:, None]), tensor(rows))
 
 
 def attend(

@@ -34,7 +34,7 @@ from lensmith.types import StepStats
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 """Our names to transformers'."""
 
 During = Callable[[Any, int], None]
@@ -163,7 +163,7 @@ def training_arguments(prepared: Prepared) -> SFTConfig:
         warmup_steps=warmup_steps,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm or float("inf"),
-        optim="adamw_torch_fused" if gpu and name == "adamw" else OPTIMIZERS[name],
+        optim=OPTIMIZERS[name],
         logging_steps=config.log.every_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",

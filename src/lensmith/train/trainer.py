@@ -85,7 +85,8 @@ class SFTTrainer(sft_trainer.SFTTrainer):
     def training_step(
         self, model: nn.Module, inputs: StepPacks, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        model.train()
+        if not model.training:  # a walk over all modules, at every step
+            model.train()
         total = torch.zeros((), device=self.args.device)
         for number, pack in enumerate(inputs.packs):
             last = number == len(inputs.packs) - 1
