@@ -31,7 +31,6 @@ def main() -> None:
         ("accuracy-before", "easy-VQA test accuracy before", result.before.value, "share"),
         ("accuracy-after", "easy-VQA test accuracy after", result.after.value, "share"),
         ("train-s", "seconds of training", round(result.train_s, 1), "s"),
-        ("samples-per-s", "questions trained on per second", round(result.samples_per_s, 1), "questions/s"),
     ]
     records = [
         make_record(
