@@ -75,7 +75,7 @@ class Skeleton:
         return False
 
 
-KNOWN_TEXTS, SHORT_TEXT = 4096, 200
+KNOWN_TEXTS, SHORT_TEXT = 128, 100
 """So many texts of at most so many characters are tokenised once: templated questions and one-word answers recur."""
 
 
