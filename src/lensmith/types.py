@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -206,10 +205,6 @@ class Pack:
     @property
     def num_samples(self) -> int:
         return len(self.wheres)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Pack:
-        """The same pack with its tensors on `device`."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Pack:
         """The same pack in page-locked host memory, so that copies to a GPU overlap with its work."""
