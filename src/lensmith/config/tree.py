@@ -38,6 +38,31 @@ class Images(Section):
     """Smaller pictures are enlarged to this. Null: the checkpoint's own minimum."""
     max_tokens: Annotated[int, Field(ge=1)] = 1280
     """Larger pictures are reduced to this, keeping their shape; the run says how many and by how much."""
+    allow_shrink: bool = False
+    """Whether it is known and meant that the median picture loses more than half its side; `check` calls it an error."""
+
+
+class Video(Section):
+    """How videos are cut into frames. Qwen3-VL reads frames in pairs, each pair under its time in seconds."""
+
+    fps: Annotated[float, Field(gt=0)] = 2.0
+    """Frames taken per second, fewer where max_frames says so."""
+    max_frames: Annotated[int, Field(ge=2)] = 128
+    """Most frames of one video, spread evenly over it."""
+    max_tokens: Annotated[int, Field(ge=1)] = 12288
+    """Most language tokens of one whole video; its frames are reduced to stay within."""
+
+
+class Boxes(Section):
+    """How boxes and points are written in the data, so that they can be converted to what the model speaks."""
+
+    convention: Literal["xyxy_1000", "xyxy_px", "xywh_px", "cxcywh_unit", "xyxy_unit", "resized_px"] = "xyxy_1000"
+    """Corners from 0 to 1000 (Qwen3-VL); corners in pixels; COCO's x, y, width, height in pixels; YOLO's centre and size
+    from 0 to 1; corners from 0 to 1; corners in pixels of the resized picture (Qwen2.5-VL)."""
+    size_px: tuple[int, int] | None = None
+    """Height and width that pixel values refer to. Null: those of the picture itself, upright."""
+    target: Literal["xyxy_1000", "resized_px"] = "xyxy_1000"
+    """What answers are converted to: 0 to 1000 for Qwen3-VL, pixels of the resized picture for Qwen2.5-VL."""
 
 
 class Source(Section):
@@ -46,6 +71,8 @@ class Source(Section):
     path: str
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row of this file is seen per epoch: 2 repeats it, 0.5 uses a seeded half."""
+    image: Images | None = None
+    """Token limits for the pictures of this file. Null: those of data.image."""
 
 
 class Data(Section):
@@ -57,12 +84,19 @@ class Data(Section):
     """Folder that relative image paths start from. Null: the folder of the data file."""
     columns: Columns = Columns()
     image: Images = Images()
+    video: Video = Video()
+    boxes: Boxes | None = None
+    """Null: answers are left as they are, and `check` says what their numbers look like."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Whether <think> parts of answers are learned or taken out first."""
     on_long: Literal["error", "shrink", "drop"] = "shrink"
     """A row over the token budget: stop, give its images fewer tokens, or leave it out. Text is never cut."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read: stop and list all such rows, or leave them out and say so."""
     allow_urls: bool = False
-    """Whether images may be fetched over http(s)."""
+    """Whether images may be fetched over http(s); addresses inside a private network are always refused."""
+    allow_outside: bool = False
+    """Whether image paths may lead out of image_root, as absolute paths or through `..` or links."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that read and prepare data. Null: chosen from the cores; 0: in the training process."""
 
