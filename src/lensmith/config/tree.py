@@ -102,8 +102,8 @@ class Data(Section):
 
 
 class Tune(Section):
-    method: Literal["lora", "qlora", "full"] = "lora"
-    """Adapters beside 16-bit weights, adapters beside 4-bit weights, or the weights themselves."""
+    method: Literal["lora", "qlora", "lora_8bit", "full"] = "lora"
+    """Adapters beside 16-bit, 4-bit or 8-bit weights, or the weights themselves."""
     language: State = "adapted"
     """The decoder: frozen, adapted (LoRA) or trained (its own weights)."""
     attention: bool = True
@@ -142,8 +142,14 @@ class Packing(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] | None = None
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] | None = None
     """Null: adamw_8bit on a GPU with a real model, adamw otherwise."""
+    in_backward: bool = False
+    """Whether each weight is updated as soon as its gradient is known, so that never all gradients are alive. For
+    tune.method=full; needs max_grad_norm=null and steps of one pack."""
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
+    """How bf16 weights that are trained themselves are rounded after an update. Stochastic keeps small updates on average;
+    nearest loses those below 0.4 % of a weight."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Null: 2e-4 for lora and qlora, 1e-5 for full; docs/training.md says why."""
     vision_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -167,8 +173,22 @@ class Optim(Section):
 
 
 class Memory(Section):
-    recompute: Literal["none", "layers"] = "layers"
-    """`layers` keeps only each layer's input and computes it again in the backward pass: less memory, a third more work."""
+    recompute: Literal["none", "layers"] | Annotated[int, Field(ge=1)] = "layers"
+    """`layers` keeps only each layer's input and computes it again in the backward pass: less memory, a third more work.
+    A number does so for that many layers, from the first on."""
+    offload: Literal["none", "inputs"] = "none"
+    """`inputs` keeps the inputs of recomputed layers in host memory, copied while the GPU computes."""
+    embedding: Literal["gpu", "host"] = "gpu"
+    """`host` keeps the input embedding in host memory and fetches the rows of each pack."""
+    head: Literal["gpu", "host"] = "gpu"
+    """`host` keeps the language head in host memory and copies it past the GPU piece by piece in each pass."""
+    head_bits: Literal[16, 8, 4] = 16
+    """Bits per weight of a frozen language head."""
+    tower: Literal["gpu", "host"] = "gpu"
+    """`host` takes the frozen image tower off the GPU while the decoder runs."""
+    stream_layers: Annotated[int, Field(ge=0)] = 0
+    """Frozen decoder layers, from the first on, that stay in host memory and are copied ahead of their use: for cards
+    smaller than the model, at the price of the copies."""
 
 
 class Eval(Section):
