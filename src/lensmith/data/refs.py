@@ -29,6 +29,9 @@ BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 SHORTEST_BASE64 = 64
 """No picture is smaller; shorter text is a path."""
 
+NOT_THERE = ImageRef(b"", "")
+"""Stands for a picture that cannot be had, where faults are collected instead of raised."""
+
 
 @dataclass(frozen=True, slots=True)
 class RefReader:
@@ -37,6 +40,8 @@ class RefReader:
     root: str
     """Absolute folder that relative paths start from. A string, because this is asked for every row."""
     allow_urls: bool = False
+    faults: list[RowError] | None = None
+    """Collects what is wrong with single pictures, which NOT_THERE then stands for; None raises it."""
 
     def read(self, cell: Any, where: str) -> list[ImageRef]:
         """All pictures in a cell; none for null or an empty string.
@@ -44,7 +49,16 @@ class RefReader:
         Raises:
             RowError: `missing_file`, `url_not_allowed`, or `unreadable_image` for what cannot be a picture.
         """
-        return [self._read_one(value, where) for value in self._flatten(cell)]
+        return [self._read_or_note(value, where) for value in self._flatten(cell)]
+
+    def _read_or_note(self, value: Any, where: str) -> ImageRef:
+        try:
+            return self._read_one(value, where)
+        except RowError as fault:
+            if self.faults is None:
+                raise
+            self.faults.append(fault)
+            return NOT_THERE
 
     def _flatten(self, cell: Any) -> Iterator[Any]:
         if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):

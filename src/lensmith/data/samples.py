@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -41,19 +41,31 @@ Draft = Text | ImageRef | Literal["mark"]
 Turn = tuple[Role, list[Draft]]
 
 
-def to_sample(row: Row, layout: Layout, *, image_root: Path, allow_urls: bool = False) -> Sample:
+def to_sample(
+    row: Row,
+    layout: Layout,
+    *,
+    image_root: Path,
+    allow_urls: bool = False,
+    faults: list[RowError] | None = None,
+) -> Sample:
     """Checked messages and the pictures they mention; files are looked for, not opened.
 
     Pictures go where the row marks them (`<image>` in the text, or a part of type image without a picture of its own);
     a row without any mark has them in front of its first question.
 
+    Args:
+        faults: collects what is wrong with single pictures, marks and turns, so that all of it is found at once; the
+            sample is then only good for looking at what else it holds. None raises the first fault.
+
     Raises:
         RowError: with one of the codes of `lensmith.errors.RowCode`.
     """
-    draft = _Draft(row, layout, RefReader(os.path.abspath(image_root), allow_urls))  # noqa: PTH100, see RefReader
+    root = os.path.abspath(image_root)  # noqa: PTH100, see RefReader
+    draft = _Draft(row, layout, RefReader(root, allow_urls, faults))
     turns: list[Turn] = [(role, draft.parts(content)) for role, content in _turns(row, layout)]
-    draft.place(turns)
-    _check_turns(row, turns)
+    _collect(faults, draft.place, turns)
+    _collect(faults, _check_turns, row, turns)
     images: list[ImageRef] = []
     messages = []
     for role, parts in turns:
@@ -62,11 +74,23 @@ def to_sample(row: Row, layout: Layout, *, image_root: Path, allow_urls: bool = 
             if isinstance(part, ImageRef):
                 done.append(ImageMark(len(images)))
                 images.append(part)
-            else:
+            elif part != "mark":  # only left where that was a fault
                 done.append(cast("Text", part))
         messages.append(Message(role, tuple(done)))
+    if faults:
+        images += [ref for ref in draft.listed if ref not in images]
     others = {name: value for name, value in row.fields.items() if name not in layout.used}
     return Sample(row.where, tuple(messages), tuple(images), others)
+
+
+def _collect(faults: list[RowError] | None, step: Callable[..., None], *arguments: Any) -> None:
+    """Do the step; its fault is collected where there is a list for it."""
+    try:
+        step(*arguments)
+    except RowError as fault:
+        if faults is None:
+            raise
+        faults.append(fault)
 
 
 class _Draft:

@@ -72,11 +72,14 @@ class Samples(Sequence[Sample]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} rows, no row {index}")
-        index %= len(self)
+        return self.read(index % len(self))
+
+    def read(self, index: int, faults: list[RowError] | None = None) -> Sample:
+        """The sample of that row number, from 0; `faults` collects all that is wrong with it, as in `to_sample`."""
         number = int(np.searchsorted(self._stops, index, side="right"))
         file = self.files[number]
         row = file.rows[index - int(self._stops[number]) + len(file.rows)]
-        return to_sample(row, file.layout, image_root=file.image_root, allow_urls=self._allow_urls)
+        return to_sample(row, file.layout, image_root=file.image_root, allow_urls=self._allow_urls, faults=faults)
 
 
 class SampleSource:
