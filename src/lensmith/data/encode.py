@@ -47,6 +47,7 @@ class Encoder:
         """
         check_policy(min_tokens, max_tokens)
         self.geometry, self.min_tokens, self.max_tokens = geometry, min_tokens, max_tokens
+        self.tokenizer = tokenizer
         self._templater = Templater(tokenizer, chat_template)
         self.image_token_id = self._templater.image_token_id
         self.end_token_id = self._templater.end_token_id
