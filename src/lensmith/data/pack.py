@@ -10,7 +10,9 @@ makes loss and gradients those of the samples one by one (tests/reference/test_p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -140,3 +142,70 @@ def _first_fit(pieces: list[tuple[int, list[int]]], budget_tokens: int) -> list[
         packs[slot].extend(piece)
         room[slot] -= size
     return [np.array(pack) for pack in packs]
+
+
+def split_pack(pack: Pack, *, picture_ids: Collection[int]) -> tuple[Pack, Pack] | None:
+    """Two packs that hold the samples of one, in order, cut where the larger is smallest; None for a single sample.
+
+    A shared prefix stands in both where the cut goes through its branches. `picture_ids`: the tokens that stand for
+    pictures. Losses are sums, so the two have the loss and the gradient of the one (tests/unit/test_split_pack.py).
+    """
+    samples = _sample_segments(pack)
+    if len(samples) == 1:
+        return None
+
+    def larger_tokens(cut: int) -> int:
+        return max(_count_tokens(pack, samples[:cut]), _count_tokens(pack, samples[cut:]))
+
+    members = range(len(samples))
+    cut = min(members[1:], key=larger_tokens)
+    return _take_samples(pack, members[:cut], picture_ids), _take_samples(pack, members[cut:], picture_ids)
+
+
+def sample_tokens(pack: Pack) -> list[int]:
+    """Tokens of each sample of a pack, each with its prefix, in the order of `Pack.wheres`."""
+    return [_count_tokens(pack, [sample]) for sample in _sample_segments(pack)]
+
+
+def _sample_segments(pack: Pack) -> list[list[int]]:
+    """Of each sample its segments: itself, behind the prefix that it may share."""
+    prefixes = {segment.parent for segment in pack.segments}
+    own = [number for number in range(len(pack.segments)) if number not in prefixes]
+    return [[n] if (parent := pack.segments[n].parent) is None else [parent, n] for n in own]
+
+
+def _count_tokens(pack: Pack, samples: Sequence[Sequence[int]]) -> int:
+    return sum(pack.segments[number].length for number in set(itertools.chain.from_iterable(samples)))
+
+
+def _take_samples(pack: Pack, members: Sequence[int], picture_ids: Collection[int]) -> Pack:
+    """The pack of those samples alone, with what they look at."""
+    of_samples = _sample_segments(pack)
+    numbers = sorted(set(itertools.chain.from_iterable(of_samples[member] for member in members)))
+    stays = torch.zeros(pack.num_tokens, dtype=torch.bool)
+    segments: list[Segment] = []
+    for number in numbers:
+        segment = pack.segments[number]
+        stays[segment.start : segment.stop] = True
+        start = segments[-1].stop if segments else 0
+        parent = None if segment.parent is None else numbers.index(segment.parent)
+        segments.append(Segment(start, segment.length, parent))
+    seen = stays[_first_tokens(pack, picture_ids)]
+    return replace(
+        pack,
+        input_ids=pack.input_ids[stays],
+        labels=pack.labels[stays],
+        positions=pack.positions[:, stays],
+        segments=tuple(segments),
+        pixels=pack.pixels[seen.repeat_interleave(pack.grids.prod(-1))],
+        grids=pack.grids[seen],
+        wheres=tuple(pack.wheres[member] for member in members),
+    )
+
+
+def _first_tokens(pack: Pack, picture_ids: Collection[int]) -> Int[Tensor, " images"]:
+    """Where each picture of the pack begins in its row of tokens."""
+    rows = torch.isin(pack.input_ids, torch.tensor(list(picture_ids))).nonzero()[:, 0]
+    patches = pack.grids.prod(-1)
+    patches_per_token = max(1, int(patches.sum())) // max(1, len(rows))
+    return rows[(patches.cumsum(0) - patches) // patches_per_token]
