@@ -6,15 +6,12 @@ wrong are told by a mark, a word for screen readers and a struck-through answer,
 
 from __future__ import annotations
 
-import base64
 import io
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib import resources
 from pathlib import Path
 
+from lensmith.evals.markup import data_uri, fill_template, list_facts, shorten, show
 from lensmith.evals.score import Comparison, Score
 
 THUMBNAIL_PX = 256
@@ -69,23 +66,23 @@ def render_page(
     footer: str,
 ) -> str:
     """The whole page as text; `curve` is a PNG and `curve_text` says in words what it shows."""
-    template = string.Template(resources.files("lensmith.evals").joinpath("page.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(title),
-        summary=escape(summary),
-        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
-        table="\n".join(_table_row(line) for line in table),
-        table_note=escape(f"{comparison.sentence} The thin line in a bar is the 95\u00a0% interval."),
-        curve=_data_uri(curve.read_bytes(), "image/png"),
-        curve_text=escape(curve_text),
-        examples="\n".join(_gallery(gallery) for gallery in galleries if gallery.examples),
-        footer=escape(footer),
-    )
+    blanks = {
+        "title": show(title),
+        "summary": show(summary),
+        "facts": list_facts(facts),
+        "table": "\n".join(_table_row(line) for line in table),
+        "table_note": show(f"{comparison.sentence} The thin line in a bar is the 95\u00a0% interval."),
+        "curve": data_uri(curve.read_bytes(), "image/png"),
+        "curve_text": show(curve_text),
+        "examples": "\n".join(_gallery(gallery) for gallery in galleries if gallery.examples),
+        "footer": show(footer),
+    }
+    return fill_template("lensmith.evals", "page.html", blanks)
 
 
 def _table_row(line: Line) -> str:
     cells = "".join(_table_cell(score, when) for score, when in ((line.before, "before"), (line.after, "after")))
-    return f'<tr><th scope="row">{escape(line.name)}<br><small>n = {line.after.n:,}</small></th>{cells}</tr>'
+    return f'<tr><th scope="row">{show(line.name)}<br><small>n = {line.after.n:,}</small></th>{cells}</tr>'
 
 
 def _table_cell(score: Score, when: str) -> str:
@@ -99,7 +96,7 @@ def _table_cell(score: Score, when: str) -> str:
 def _gallery(gallery: Gallery) -> str:
     items = "\n".join(_example(example) for example in gallery.examples)
     return (
-        f'<h2>{escape(gallery.heading)}</h2>\n<p class="soft">{escape(gallery.note)}</p>\n'
+        f'<h2>{show(gallery.heading)}</h2>\n<p class="soft">{show(gallery.note)}</p>\n'
         f'<ol class="examples">\n{items}\n</ol>'
     )
 
@@ -107,8 +104,8 @@ def _gallery(gallery: Gallery) -> str:
 def _example(example: Example) -> str:
     return (
         f'<li class="card"><img src="{_thumbnail_uri(example.picture)}" alt="">'
-        f"<p>{escape(example.question)}</p><dl>"
-        f"<dt>right answer</dt><dd>{escape(_shorten(example.reference))}</dd>"
+        f"<p>{show(example.question)}</p><dl>"
+        f"<dt>right answer</dt><dd>{show(shorten(example.reference, SHOWN_CHARACTERS))}</dd>"
         f"<dt>before</dt>{_answer(example.before, example.right_before)}"
         f"<dt>after</dt>{_answer(example.after, example.right_after)}</dl></li>"
     )
@@ -116,15 +113,11 @@ def _example(example: Example) -> str:
 
 def _answer(answer: str, right: bool) -> str:
     mark, word = ("✓", "right") if right else ("✗", "wrong")
-    said = escape(_shorten(answer)) or "(nothing)"
+    said = show(shorten(answer, SHOWN_CHARACTERS)) or "(nothing)"
     return (
         f'<dd class="{word}"><span aria-hidden="true">{mark}</span><span class="hidden">{word}: </span> '
         f'<span class="said">{said}</span></dd>'
     )
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def _thumbnail_uri(picture: Path) -> str:
@@ -135,11 +128,7 @@ def _thumbnail_uri(picture: Path) -> str:
     upright.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()
     upright.save(buffer, "PNG", optimize=True)
-    return _data_uri(buffer.getvalue(), "image/png")
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return data_uri(buffer.getvalue(), "image/png")
 
 
 def draw_loss_curve(samples: Sequence[int], losses: Sequence[float], path: Path, *, title: str) -> None:
