@@ -168,14 +168,14 @@ def _add_adapter(model: nn.Module, config: LoraConfig, base_dtype: torch.dtype, 
         # PEFT's initialisation takes no generator. It draws on the CPU, then moves: the same on every device.
         torch.default_generator.manual_seed(seed)
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
-    dtype = adapter_dtype(base_dtype)
+    dtype, place = adapter_dtype(base_dtype), getattr(model, "place", None)
     for layer in tuned.modules():
         if not isinstance(layer, LoraLayer):
             continue
         layer.cast_input_dtype_enabled = False  # PEFT would widen and keep every input otherwise
         for pairs in (layer.lora_A, layer.lora_B):
             for key, linear in pairs.items():
-                pairs[key] = _widened(linear, dtype)
+                pairs[key] = _widened(linear, dtype, place)
         magnitudes: Any = layer.lora_magnitude_vector
         for key, magnitude in magnitudes.items():
             # DoRA starts from the norm of each row. PEFT took it in the base's type; 16-bit rounding of it would
@@ -191,11 +191,12 @@ def _add_adapter(model: nn.Module, config: LoraConfig, base_dtype: torch.dtype, 
     return tuned  # pyright: ignore[reportReturnType]
 
 
-def _widened(linear: nn.Module, dtype: torch.dtype) -> AdapterLinear:
+def _widened(linear: nn.Module, dtype: torch.dtype, place: torch.device | None) -> AdapterLinear:
+    """`place`: where the model computes, which need not be where its frozen weights live."""
     assert isinstance(linear, nn.Linear), f"PEFT made a {type(linear).__name__} where a linear was expected"
     assert linear.bias is None, "LoraConfig(bias='none') gives adapters no bias"
     wide = AdapterLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    wide.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=linear.weight.requires_grad)
+    wide.weight = nn.Parameter(linear.weight.detach().to(place, dtype), requires_grad=linear.weight.requires_grad)
     return wide
 
 

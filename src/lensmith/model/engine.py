@@ -18,18 +18,20 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from lensmith.errors import ModelError
 from lensmith.model.attention import Layout, attend, build_layout, kept_runs, segment_runs
 from lensmith.model.head import token_logprobs
+from lensmith.model.hosted import HostHead, Visitors
 from lensmith.model.kernels import rms_norm, rotate, swiglu
 from lensmith.model.lora import project
+from lensmith.model.quant import FewBitHead
+from lensmith.model.recompute import HostBuffers, Waiting, recomputed
 from lensmith.model.vision import encode_images
 from lensmith.types import IGNORE, Pack, Segment
 
-Recompute = Literal["none", "layers"]
+Recompute = Literal["none", "layers"] | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,16 @@ class Engine(Qwen3VLForConditionalGeneration):
     """Loads any Qwen3-VL checkpoint; modules and parameter names are transformers' own."""
 
     recompute: Recompute = "none"
-    """`layers` keeps each layer's input only and runs the layer again in the backward pass."""
+    """`layers` keeps each layer's input only and runs the layer again in the backward pass; a number does so for that many
+    layers, from the first: what the others keep is gone by the time that these run again."""
+    host_buffers: HostBuffers | None = None
+    """Where the inputs of recomputed layers wait; None for the device."""
+    visitors: Visitors | None = None
+    """The first layers, where their frozen weights live in host memory."""
+    keeps_random: bool = False
+    """Whether layers draw random numbers (adapter dropout), which their second run must draw again."""
+    stays: bool = False
+    """Whether weights have been given their places, so that nobody moves the model as a whole any more."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -70,32 +81,69 @@ class Engine(Qwen3VLForConditionalGeneration):
             return super().forward(*args, **kwargs)
         return self.pack_logprobs(pack)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Engine:
+        # Trainers call model.to(device), which would bring everything that lives in host memory back.
+        return self if self.stays else super()._apply(fn, recurse)
+
+    @property
+    def place(self) -> torch.device:
+        """The device that computes; some weights may live elsewhere."""
+        return self.model.language_model.norm.weight.device
+
     def pack_logprobs(self, pack: Pack) -> Float[Tensor, " learned"]:
         """Log-probability of each learned token of the pack, in the order of the tokens; fp32 (float64 in float64)."""
-        decoder, device = self.model.language_model, self.lm_head.weight.device
+        decoder, device = self.model.language_model, self.place
         route = self._route(pack)
-        hidden = decoder.embed_tokens(pack.input_ids.to(device, non_blocking=True))
         deepstack: Sequence[Tensor] = ()
         if len(pack.grids):
             pixels = pack.pixels.to(device, non_blocking=True)
             features = encode_images(self.model.visual, pixels, pack.grids, recompute=self.recompute == "layers")
-            hidden = hidden.index_copy(0, route.image_rows, features.tokens.to(hidden.dtype))
+            hidden = self._embed(pack).index_copy(0, route.image_rows, features.tokens.to(decoder.norm.weight.dtype))
             deepstack = features.deepstack
+        else:
+            hidden = self._embed(pack)
         rope = tuple(part[0] for part in decoder.rotary_emb(hidden[None], pack.positions[1:, None].to(device)))
-        last = len(decoder.layers) - 1
+        waiting = Waiting(self.host_buffers) if torch.is_grad_enabled() else None
         for index, layer in enumerate(decoder.layers):
-            layout, kept = (route.last_layout, route.kept) if index == last else (route.layout, None)
-            if self.recompute == "layers" and torch.is_grad_enabled():
-                hidden = checkpoint(_run_layer, layer, hidden, rope, layout, kept, use_reentrant=False)
+            is_last = index == len(decoder.layers) - 1
+            layout, kept = (route.last_layout, route.kept) if is_last else (route.layout, None)
+            run = functools.partial(self._run_layer, index, layer, rope, layout, kept)
+            if waiting is not None and self._recomputes(index):
+                hidden = recomputed(run, hidden, waiting, keeps_random=self.keeps_random)
             else:
-                hidden = _run_layer(layer, hidden, rope, layout, kept)
+                hidden = run(hidden, "forward")
             if index < len(deepstack):
                 hidden = hidden.index_add(0, route.image_rows, deepstack[index].to(hidden.dtype))
         hidden = rms_norm(decoder.norm, hidden)[route.predictors]
-        return token_logprobs(hidden, self.lm_head.weight, route.targets)
+        return token_logprobs(hidden, self._head_weight(), route.targets)
+
+    def _embed(self, pack: Pack) -> Float[Tensor, "tokens width"]:
+        embed = self.model.language_model.embed_tokens
+        ids = pack.input_ids
+        return embed(ids if embed.weight.device.type == "cpu" else ids.to(self.place, non_blocking=True))
+
+    def _head_weight(self) -> Any:
+        return self.lm_head if isinstance(self.lm_head, HostHead | FewBitHead) else self.lm_head.weight
+
+    def _recomputes(self, index: int) -> bool:
+        return self.recompute == "layers" or (self.recompute != "none" and index < self.recompute)
+
+    def _run_layer(
+        self,
+        index: int,
+        layer: Any,
+        rope: tuple[Tensor, Tensor],
+        layout: Layout,
+        kept: Int[Tensor, " kept"] | None,
+        hidden: Float[Tensor, "tokens width"],
+        direction: Literal["forward", "backward"],
+    ) -> Float[Tensor, "rows width"]:
+        if self.visitors is not None and index < len(self.visitors.groups):
+            self.visitors.bring(index, index + 1 if direction == "forward" else index - 1)
+        return _run_layer(layer, hidden, rope, layout, kept)
 
     def _route(self, pack: Pack) -> Route:
-        device, dtype = self.lm_head.weight.device, self.model.language_model.embed_tokens.weight.dtype
+        device, dtype = self.place, self.model.language_model.norm.weight.dtype
         labels = pack.labels.numpy()
         learned = np.flatnonzero(labels != IGNORE)
         kept, predictors = np.unique(predecessors(pack.segments)[learned], return_inverse=True)

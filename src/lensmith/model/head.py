@@ -1,68 +1,157 @@
 """The language head on labelled rows only: no [tokens, vocabulary] tensor is ever made.
 
-Log-probabilities come in chunks of rows; the backward pass makes each chunk's logits again instead of keeping them. With
-a vocabulary of 151,936 one row of fp32 logits is 0.6 MB, so a pack of 6,000 tokens would need 3.6 GB for the whole.
+The vocabulary is walked in pieces. A frozen head is read once per step, like the keys and values of flash attention:
+
+    logprob  = logit[target] - log sum_v exp(logit_v)
+    gradient = (1 - p_target) W_target - sum_{v != target} p_v W_v          of the logprob, for the hidden row
+
+so each piece adds to the sum of exponentials and, weighted by them, to the sum of head rows; both are rescaled when a
+larger logit turns up (arXiv:1805.02867). The backward pass is then one multiplication, and a head that lives in host
+memory or in few bits crosses the bus, or is widened, once. A head that trains reads its pieces again for its own gradient.
+
+The target stands apart: near certainty its weight and the sum almost cancel, and what is left would be rounding error.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_BYTES = 128 * 2**20
-"""Largest fp32 logits tensor alive at one time; at 151,936 words that is 220 rows."""
+PIECE_BYTES = 128 * 2**20
+"""Largest logits tensor alive at one time, in fp32: all words for 220 rows at once, a twentieth of them for 4,400."""
+FEWEST_WORDS = 1024
+"""Narrower pieces make slow products."""
+
+
+class HeadWeight(Protocol):
+    """A head that gives its weight piece by piece, wherever and however it is stored."""
+
+    @property
+    def num_words(self) -> int: ...
+
+    def pieces(self, words: int) -> Iterator[tuple[int, Float[Tensor, "words width"]]]:
+        """First word and weight of consecutive pieces of at most `words` words, on the device that computes."""
+        ...
+
+
+class WholeHead:
+    """A head whose weight lies on the device."""
+
+    def __init__(self, weight: Float[Tensor, "vocab width"]) -> None:
+        self.weight = weight
+
+    @property
+    def num_words(self) -> int:
+        return len(self.weight)
+
+    def pieces(self, words: int) -> Iterator[tuple[int, Float[Tensor, "words width"]]]:
+        for start in range(0, len(self.weight), words):
+            yield start, self.weight[start : start + words]
 
 
 def token_logprobs(
     hidden: Float[Tensor, "rows width"],
-    head: Float[Tensor, "vocab width"],
+    head: Float[Tensor, "vocab width"] | HeadWeight,
     targets: Int[Tensor, " rows"],
     *,
-    chunk_rows: int | None = None,
+    piece_words: int | None = None,
 ) -> Float[Tensor, " rows"]:
-    """log softmax(hidden @ head.T)[target] per row, in fp32 (float64 for float64 inputs); gradients for hidden and head."""
-    if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
-    return _ChunkedLogprobs.apply(hidden, head, targets, chunk_rows)  # type: ignore[return-value]
+    """log softmax(hidden @ head.T)[target] per row, in fp32 (float64 for float64 inputs); gradients for hidden and head.
+
+    A `HeadWeight` is frozen; a tensor gets a gradient if it wants one.
+    """
+    trained = head if isinstance(head, Tensor) and head.requires_grad else None
+    source = WholeHead(head.detach()) if isinstance(head, Tensor) else head
+    if piece_words is None:
+        piece_words = max(FEWEST_WORDS, PIECE_BYTES // (4 * max(1, len(hidden))))
+    return _Logprobs.apply(hidden, trained, source, targets, piece_words)  # type: ignore[return-value]
 
 
-def _logits(hidden_RD: Tensor, head_VD: Tensor) -> Tensor:
+def _logits(hidden_RD: Tensor, piece_VD: Tensor) -> Tensor:
     # At least fp32: the softmax sums over the whole vocabulary.
-    logits_RV = hidden_RD @ head_VD.T
+    logits_RV = hidden_RD @ piece_VD.T
     return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
+class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
-        logprobs, lse = [], []
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits_RV = _logits(hidden[rows], head)
-            lse.append(logits_RV.logsumexp(-1))
-            logprobs.append(logits_RV.gather(1, targets[rows, None])[:, 0] - lse[-1])
-        empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        ctx.save_for_backward(hidden, head, targets, torch.cat(lse) if lse else empty)
-        ctx.chunk_rows = chunk_rows
-        return torch.cat(logprobs) if logprobs else empty
+    def forward(
+        ctx: Any, hidden: Tensor, trained: Tensor | None, source: HeadWeight, targets: Tensor, words: int
+    ) -> Tensor:
+        walk = _Walk(hidden, targets, wants_direction=ctx.needs_input_grad[0] and trained is None)
+        for start, piece in source.pieces(words):
+            walk.visit(start, piece)
+        lse, logprobs = walk.lse(), walk.logprobs()
+        ctx.source, ctx.words = source, words
+        ctx.save_for_backward(walk.direction(logprobs), *((hidden, targets, lse) if trained is not None else ()))
+        return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        hidden, head, targets, lse = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), ctx.chunk_rows):
-            rows = slice(start, start + ctx.chunk_rows)
+        (grad_R,), (direction_RD, *kept) = grads, ctx.saved_tensors
+        if not kept:
+            return (direction_RD * grad_R[:, None]).to(direction_RD.dtype), None, None, None, None
+        hidden_RD, targets, lse_R = kept
+        grad_hidden = torch.zeros_like(hidden_RD, dtype=lse_R.dtype)
+        grad_head = hidden_RD.new_empty(ctx.source.num_words, hidden_RD.shape[1])
+        for start, piece_VD in ctx.source.pieces(ctx.words):
             # d logprob / d logits = onehot(target) - softmax
-            delta_RV = (_logits(hidden[rows], head) - lse[rows, None]).exp_().neg_()
-            delta_RV.scatter_add_(1, targets[rows, None], torch.ones_like(delta_RV[:, :1]))
-            delta_RV = delta_RV.mul_(grad[rows, None]).to(head.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = delta_RV @ head
-            if grad_head is not None:
-                grad_head += delta_RV.T @ hidden[rows]
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+            delta_RV = (_logits(hidden_RD, piece_VD) - lse_R[:, None]).exp_().neg_()
+            here, local = _inside(targets, start, len(piece_VD))
+            delta_RV.scatter_add_(1, local[:, None], here[:, None].to(delta_RV.dtype))
+            delta_RV = delta_RV.mul_(grad_R[:, None]).to(piece_VD.dtype)
+            grad_hidden += delta_RV @ piece_VD
+            torch.mm(delta_RV.T, hidden_RD, out=grad_head[start : start + len(piece_VD)])
+        return grad_hidden.to(hidden_RD.dtype), grad_head, None, None, None
+
+
+class _Walk:
+    """What is known after some pieces of the vocabulary; one entry per row."""
+
+    def __init__(self, hidden: Float[Tensor, "rows width"], targets: Tensor, *, wants_direction: bool) -> None:
+        self.hidden, self.targets = hidden, targets
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.largest = hidden.new_full((len(hidden),), -torch.inf, dtype=wide)
+        self.total = hidden.new_zeros(len(hidden), dtype=wide)
+        """Sum of exp(logit - largest)."""
+        self.chosen = hidden.new_zeros(len(hidden), dtype=wide)
+        """Logit of the target."""
+        self.others = torch.zeros_like(hidden, dtype=wide) if wants_direction else None
+        """Sum of exp(logit - largest) times the head's row, over all words but the target."""
+        self.own = torch.zeros_like(hidden) if wants_direction else None
+        """The head's row of the target."""
+
+    def visit(self, start: int, piece: Float[Tensor, "words width"]) -> None:
+        weights_RV = _logits(self.hidden, piece)
+        here, local = _inside(self.targets, start, len(piece))
+        self.chosen = torch.where(here, weights_RV.gather(1, local[:, None])[:, 0], self.chosen)
+        largest = torch.maximum(self.largest, weights_RV.amax(1))
+        shrink = (self.largest - largest).exp()
+        weights_RV.sub_(largest[:, None]).exp_()
+        self.total, self.largest = self.total * shrink + weights_RV.sum(1), largest
+        if self.others is not None and self.own is not None:
+            weights_RV.scatter_(1, local[:, None], weights_RV.gather(1, local[:, None]).masked_fill_(here[:, None], 0))
+            self.others.mul_(shrink[:, None]).add_(weights_RV.to(piece.dtype) @ piece)
+            self.own = torch.where(here[:, None], piece[local], self.own)
+
+    def lse(self) -> Float[Tensor, " rows"]:
+        return self.largest + self.total.log()
+
+    def logprobs(self) -> Float[Tensor, " rows"]:
+        return self.chosen - self.lse()
+
+    def direction(self, logprobs: Float[Tensor, " rows"]) -> Float[Tensor, "rows width"]:
+        """Gradient of each log-probability for its hidden row; empty where nobody asked."""
+        if self.others is None or self.own is None:
+            return self.hidden.new_empty(0)
+        return (-logprobs.expm1()[:, None] * self.own - self.others.div_(self.total[:, None])).to(self.hidden.dtype)
+
+
+def _inside(targets: Tensor, start: int, words: int) -> tuple[Tensor, Tensor]:
+    """Whether each target is one of the piece's words, and a valid place in the piece for it in any case."""
+    local = targets - start
+    return (local >= 0) & (local < words), local.clamp(0, words - 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +19,13 @@ from lensmith.errors import ConfigError, ModelError
 from lensmith.model.components import states_of
 from lensmith.model.names import TINY, not_loadable, read_architecture, resolve_model
 from lensmith.model.quant import check_quantised, is_quantised_checkpoint, quantisation, settle_linears
+from lensmith.model.residence import settle_weights
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
     from lensmith.model.engine import Engine
+    from lensmith.model.stream import Shards
 
 BF16_CAPABILITY = (8, 0)
 """Compute capability from which NVIDIA cards have bf16 units (Ampere); older ones emulate it, slowly."""
@@ -46,10 +49,11 @@ class Loaded:
     """What was chosen and why, to be printed."""
 
 
-def load_model(config: RunConfig, *, device: torch.device | None = None) -> Loaded:
+def load_model(config: RunConfig, *, device: torch.device | None = None, shards: Shards | None = None) -> Loaded:
     """Model and processor of `config.model`, in eval mode, all parameters as loaded; `prepare_trainable` comes next.
 
-    `device`: None for this process's GPU, or the CPU where there is none.
+    `device`: None for this process's GPU, or the CPU where there is none. `shards`: weights from elsewhere than the
+    model's files, for benchmarks.
 
     Raises ModelError for names, files and processors that do not serve, ConfigError for a precision or method that
     this device does not have.
@@ -66,12 +70,12 @@ def load_model(config: RunConfig, *, device: torch.device | None = None) -> Load
     if ready_made or config.tune.method == "qlora":
         sentences += _check_four_bit(config, architecture, device, ready_made=ready_made)
     processor = load_processor(config.model)
-    model = _load_weights(config, architecture, device, dtype)
+    model = _load_weights(config, architecture, shards, device, dtype)
     if ready_made or config.tune.method == "qlora":
         settle_linears(model, dtype)
     if config.tune.method == "qlora" and not ready_made:
         check_quantised(model, config.tune)
-    model.eval()
+    sentences += settle_weights(model, config.memory, device)
     return Loaded(model, processor, device, dtype, config.model, tuple(sentences))
 
 
@@ -198,41 +202,59 @@ def _check_four_bit(
     return sentences
 
 
-def _load_weights(config: RunConfig, architecture: Qwen3VLConfig, device: torch.device, dtype: torch.dtype) -> Engine:
-    from lensmith.model.engine import Engine
+def _load_weights(
+    config: RunConfig, architecture: Qwen3VLConfig, shards: Shards | None, device: torch.device, dtype: torch.dtype
+) -> Engine:
+    from transformers import GenerationConfig
 
-    arguments: dict[str, Any] = {
-        "dtype": dtype,
-        "device_map": {"": device},  # straight to where it is used, so the host never holds all of it
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # only to be told of them below, by name
-    }
-    if (quant := quantisation(config.tune, architecture, dtype=dtype)) is not None:
-        arguments["quantization_config"] = quant
+    from lensmith.model.stream import FileShards, stream_weights
+
+    folder = local_folder(config.model)
     try:
-        loaded: Any = Engine.from_pretrained(resolve_model(config.model), **arguments)
+        streamed = stream_weights(
+            architecture,
+            FileShards(folder) if shards is None else shards,
+            device=device,
+            dtype=dtype,
+            quant=quantisation(config.tune, architecture, dtype=dtype),
+            memory=config.memory,
+        )
     except (OSError, SafetensorError) as cause:
-        if os.path.isdir(resolve_model(config.model)):  # noqa: PTH112  a folder name, not yet a Path
-            raise ModelError(
-                f"model={config.model}: its weights could not be read: {_first_line(cause)} "
-                "Copy model.safetensors, or all of its numbered parts and their index, into the folder."
-            ) from cause
-        raise ModelError(not_loadable(config.model)) from cause
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model={config.model}: its weights could not be read: {_first_line(cause)} "
+            "Copy model.safetensors, or all of its numbered parts and their index, into the folder."
+        ) from cause
+    if missing := sorted(streamed.missing):
         raise ModelError(
             f"model={config.model}: {len(missing)} weights are not in its files, first {missing[0]}; they would be "
             "random numbers. The copy is incomplete, or of another kind of model: download it again."
         )
-    if mismatched := sorted(info["mismatched_keys"]):
+    if mismatched := sorted(streamed.mismatched):
         name, stored, expected = mismatched[0]
         raise ModelError(
             f"model={config.model}: {name} is {list(stored)} in its weights and {list(expected)} by its config.json; "
             "the two are of different models. Copy both from the same place."
         )
-    if config.model == TINY:
-        model.name_or_path = TINY  # so that an adapter names its base, not a path on this machine
+    model = streamed.model
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    # An adapter names its base, not a path on this machine.
+    model.name_or_path = config.model
     return model
+
+
+def local_folder(name: str) -> Path:
+    """The folder with the model's files; a hub name is downloaded, or found in the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    resolved = Path(source := resolve_model(name))
+    if resolved.is_dir():
+        return resolved
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as cause:
+        raise ModelError(not_loadable(name)) from cause
 
 
 def _dotted(capability: tuple[int, int]) -> str:

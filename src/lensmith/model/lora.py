@@ -1,10 +1,14 @@
-"""Adapted linears as one matrix product: W + scale * B A is formed once per call, not applied beside W to every token.
+"""Linears that read the same input, with their adapters, as one step of the graph.
 
-PEFT computes x W' + scale * (x A') B' per linear: two thin products, a scaling and a sum over every token. With T tokens
-and rank r, forming W + scale * B A costs r / T of the product with W, so for packs it is next to nothing, and several
-linears on one input become one product. The gradients are those of the sum: thin products only, never a full dW.
+PEFT computes x W' + scale * (x A') B' by separate modules per linear: a dozen kernels each, and an input kept for every
+one of them. Two forms here compute the same:
 
-In fp32 and float64 only. In 16 bits W + scale * B A would round the adapter away; there PEFT's own layers run.
+* `merged`, in fp32 and float64: W + scale * B A is formed once per call and several linears become one product. With T
+  tokens and rank r that costs r / T of the product. In 16 bits it would round the adapter away.
+* `beside`, in 16 bits, and over 4-bit bases: x W' with B A' x' added in place. The dense form of a 4-bit weight lives in
+  one buffer that the next linear overwrites, in the forward and again in the backward pass; x is kept once.
+
+Both have the gradients of the sum: thin products only, never a full dW. DoRA, dropout and trained bases take PEFT's way.
 """
 
 from __future__ import annotations
@@ -15,35 +19,40 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from lensmith.model.quant import dense_weight, is_four_bit
 
 
 def project(linears: Sequence[Any], x: Float[Tensor, "tokens inputs"]) -> tuple[Float[Tensor, "tokens outputs"], ...]:
     """`x` through each of several linears that read the same input, adapted or not."""
-    merges = x.dtype in (torch.float32, torch.float64)
-    parts = [part for linear in linears if merges and (part := _split(linear)) is not None]
+    parts = [part for linear in linears if (part := _split(linear)) is not None]
     if len(parts) != len(linears):
         return tuple(linear(x) for linear in linears)
-    tensors = [tensor for part in parts for tensor in (part.weight, part.down, part.up)]
-    together = _MergedLinears.apply(x, tuple(part.scale for part in parts), *tensors)
-    return together.split([len(part.weight) for part in parts], dim=-1)
+    tensors = [tensor for part in parts for tensor in (part.down, part.up)]
+    scales = tuple(part.scale for part in parts)
+    if x.dtype in (torch.float32, torch.float64) and not any(is_four_bit(part.base) for part in parts):
+        weights = tuple(part.base.weight for part in parts)
+        together = _MergedLinears.apply(x, weights, scales, *tensors)
+        return together.split([len(weight) for weight in weights], dim=-1)
+    return _LinearsBeside.apply(x, tuple(part.base for part in parts), scales, *tensors)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    weight: Float[Tensor, "outputs inputs"]
+    base: Any
     down: Float[Tensor, "rank inputs"] | None
     up: Float[Tensor, "outputs rank"] | None
     scale: float
 
 
 def _split(linear: Any) -> _Part | None:
-    """Base weight and adapter of a linear; None for what only its own forward knows (dropout, DoRA, 4 bits, biases)."""
+    """Frozen base and adapter of a linear; None for what only its own forward knows (dropout, DoRA, 8 bits, biases)."""
     base, scale = linear, 1.0
     down: Any = None
     up: Any = None
-    if isinstance(linear, LoraLinear):
+    if isinstance(linear, LoraLayer):
         base = linear.base_layer
         if not (linear.disable_adapters or linear.merged):
             if len(linear.active_adapters) != 1:
@@ -52,40 +61,89 @@ def _split(linear: Any) -> _Part | None:
             if not isinstance(linear.lora_dropout[name], nn.Identity) or linear.use_dora.get(name):
                 return None
             down, up, scale = linear.lora_A[name].weight, linear.lora_B[name].weight, linear.scaling[name]
-    if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad:
+    known = type(base) is nn.Linear or is_four_bit(base)
+    if not known or base.bias is not None or base.weight.requires_grad:
         return None
-    return _Part(base.weight, down, up, scale)
+    return _Part(base, down, up, scale)
 
 
 class _MergedLinears(torch.autograd.Function):
-    """Tensors come as weight, down, up of each linear; None for the last two where it has no adapter."""
+    """Tensors come as down, up of each linear; None where it has no adapter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> Tensor:
-        ctx.scales = scales
+    def forward(
+        ctx: Any, x: Tensor, weights: tuple[Tensor, ...], scales: tuple[float, ...], *tensors: Tensor | None
+    ) -> Tensor:
+        ctx.weights, ctx.scales = weights, scales
         ctx.save_for_backward(x, *tensors)
-        return x @ _merge(scales, tensors).T
+        return x @ _merge(weights, scales, tensors).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TO,), (x_TI, *tensors) = grads, ctx.saved_tensors
-        grad_x = grad_TO @ _merge(ctx.scales, tensors) if ctx.needs_input_grad[0] else None
-        triples = list(zip(tensors[0::3], tensors[1::3], tensors[2::3], strict=True))
-        slices = grad_TO.split([len(weight) for weight, _, _ in triples], dim=-1)
+        grad_x = grad_TO @ _merge(ctx.weights, ctx.scales, tensors) if ctx.needs_input_grad[0] else None
+        slices = grad_TO.split([len(weight) for weight in ctx.weights], dim=-1)
         found: list[Tensor | None] = []
-        for scale, part_TO, (_, down_RI, up_OR) in zip(ctx.scales, slices, triples, strict=True):
+        for scale, part_TO, (down_RI, up_OR) in zip(ctx.scales, slices, _pairs(tensors), strict=True):
             if down_RI is None:
-                found += [None, None, None]
+                found += [None, None]
                 continue
             # Thin products with the rank first: on a CPU [rank, T] x [T, outputs] takes an eighth of its transpose.
             thin_RT, back_RT = down_RI @ x_TI.T, up_OR.T @ part_TO.T
-            found += [None, (back_RT @ x_TI).mul_(scale), (thin_RT @ part_TO).T.mul(scale)]
-        return grad_x, None, *found
+            found += [(back_RT @ x_TI).mul_(scale), (thin_RT @ part_TO).T.mul(scale)]
+        return grad_x, None, None, *found
 
 
-def _merge(scales: Sequence[float], tensors: Sequence[Any]) -> Float[Tensor, "outputs inputs"]:
+def _merge(
+    weights: Sequence[Tensor], scales: Sequence[float], tensors: Sequence[Any]
+) -> Float[Tensor, "outputs inputs"]:
     merged = [
         weight if down is None else torch.addmm(weight, up, down, alpha=scale)
-        for scale, weight, down, up in zip(scales, tensors[0::3], tensors[1::3], tensors[2::3], strict=True)
+        for weight, scale, (down, up) in zip(weights, scales, _pairs(tensors), strict=True)
     ]
     return merged[0] if len(merged) == 1 else torch.cat(merged)
+
+
+class _LinearsBeside(torch.autograd.Function):
+    """Tensors come as down, up of each linear, in fp32; they are computed with in the type of x, as AdapterLinear does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, bases: tuple[Any, ...], scales: tuple[float, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        outputs, thins = [], []
+        for base, scale, (down_RI, up_OR) in zip(bases, scales, _pairs(tensors), strict=True):
+            y_TO = x_TI @ dense_weight(base, x_TI.dtype).T
+            if down_RI is not None:
+                thin_TR = x_TI @ down_RI.to(x_TI.dtype).T
+                y_TO.addmm_(thin_TR, up_OR.to(x_TI.dtype).T, alpha=scale)
+                thins.append(thin_TR)
+            outputs.append(y_TO)
+        ctx.bases, ctx.scales, ctx.num_thins = bases, scales, len(thins)
+        ctx.save_for_backward(x_TI, *thins, *tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, *saved = ctx.saved_tensors
+        thins, tensors = iter(saved[: ctx.num_thins]), saved[ctx.num_thins :]
+        grad_x: Tensor | None = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = []
+        for base, scale, grad_TO, (down_RI, up_OR) in zip(ctx.bases, ctx.scales, grads, _pairs(tensors), strict=True):
+            if grad_x is not None:
+                grad_x.addmm_(grad_TO, dense_weight(base, x_TI.dtype))
+            if down_RI is None:
+                found += [None, None]
+                continue
+            back_TR = (grad_TO @ up_OR.to(x_TI.dtype)).mul_(scale)
+            found += [
+                (back_TR.T @ x_TI).to(down_RI.dtype),
+                (grad_TO.T @ next(thins)).to(up_OR.dtype).mul_(scale),
+            ]
+            if grad_x is not None:
+                grad_x.addmm_(back_TR, down_RI.to(x_TI.dtype))
+        return grad_x, None, None, *found
+
+
+def _pairs(tensors: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(tensors[0::2], tensors[1::2], strict=True))

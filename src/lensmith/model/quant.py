@@ -6,7 +6,13 @@ transformers' own default keeps only `lm_head` and quantises the image tower and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lensmith.config.tree import Tune
 from lensmith.errors import ModelError
@@ -14,13 +20,14 @@ from lensmith.model.components import COMPONENTS, component_of, plain_name
 from lensmith.types import Component
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 VISION_MODULE = "model.visual"
 """Image tower and mergers. A bare `visual` would match nothing: the pattern starts at the front of the name."""
 HEAD_MODULE = "lm_head"
+
+FEW_BIT_WORDS = 8192
+"""Words of a head in few bits that are widened together: 64 MiB at 8B."""
 
 
 def quantisation(tune: Tune, config: PreTrainedConfig, *, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -68,7 +75,6 @@ def quantised_linears(model: nn.Module) -> dict[Component, tuple[int, int]]:
     The linears of an adapter do not count.
     """
     from bitsandbytes.nn.modules import Linear4bit
-    from torch import nn
 
     counts: dict[Component, tuple[int, int]] = dict.fromkeys(COMPONENTS, (0, 0))
     for name, module in model.named_modules():
@@ -96,6 +102,31 @@ def check_quantised(model: nn.Module, tune: Tune) -> None:
             )
 
 
+def is_four_bit(linear: nn.Module) -> bool:
+    """Whether a linear's weight is stored in 4 bits."""
+    return hasattr(linear.weight, "quant_state")
+
+
+_dense: dict[torch.device, torch.Tensor] = {}
+"""On each GPU the one buffer that 4-bit weights are widened into, as large as the largest of them: 96 MiB at 8B."""
+
+
+def dense_weight(linear: Any, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
+    """The weight of a linear as a matrix in `dtype`. That of a 4-bit one is good until the next call: use it at once."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    if not is_four_bit(linear):
+        return linear.weight
+    weight, state = linear.weight, linear.weight.quant_state
+    if not weight.is_cuda:
+        return dequantize_4bit(weight.data, state).to(dtype)
+    size, buffer = math.prod(state.shape) * state.dtype.itemsize, _dense.get(weight.device)
+    if buffer is None or buffer.nbytes < size:
+        buffer = _dense[weight.device] = torch.empty(size, dtype=torch.uint8, device=weight.device)
+    out = buffer[:size].view(state.dtype).view(state.shape)
+    return dequantize_4bit(weight.data, state, out=out).to(dtype)
+
+
 def settle_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes every 4-bit linear compute in `dtype` and the same in training as in evaluation. Right after loading.
 
@@ -110,3 +141,40 @@ def settle_linears(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             module.support_avx512bf16_for_cpu = False
+
+
+class FewBitHead(nn.Module):
+    """A frozen language head stored in 8 or 4 bits and widened piece by piece.
+
+    8 bits: bitsandbytes' dynamic map over blocks of 256 (arXiv:2110.02861); 4 bits: NF4 over blocks of 64. Errors of the
+    log-probabilities are measured in docs/memory.md.
+    """
+
+    def __init__(self, weight: Float[Tensor, "vocab width"], bits: Literal[8, 4]) -> None:
+        super().__init__()
+        self.shape, self.dtype, self.bits = weight.shape, weight.dtype, bits
+        self.stored = [self._store(piece) for piece in weight.split(FEW_BIT_WORDS)]
+
+    @property
+    def num_words(self) -> int:
+        return self.shape[0]
+
+    def _store(self, piece: Tensor) -> tuple[Tensor, Any]:
+        from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+
+        if self.bits == 4:
+            return quantize_4bit(piece.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+        return quantize_blockwise(piece.contiguous(), blocksize=256)
+
+    def pieces(self, words: int) -> Iterator[tuple[int, Float[Tensor, "words width"]]]:
+        """See `HeadWeight`; never more than FEW_BIT_WORDS words."""
+        from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+        widen = dequantize_4bit if self.bits == 4 else dequantize_blockwise
+        for number, (values, state) in enumerate(self.stored):
+            piece = widen(values, state).to(self.dtype)
+            for start in range(0, len(piece), words):
+                yield number * FEW_BIT_WORDS + start, piece[start : start + words]
+
+    def forward(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
+        return torch.cat([hidden @ piece.T for _, piece in self.pieces(FEW_BIT_WORDS)], dim=-1)

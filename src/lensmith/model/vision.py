@@ -35,7 +35,8 @@ def encode_images(
 ) -> ImageFeatures:
     """Features of every image; `grids` is on the CPU, so that nothing waits for the GPU.
 
-    `recompute` keeps only each block's input for the backward pass (for a tower that is trained).
+    `recompute` keeps only each block's input for the backward pass (for a tower that is trained). A tower whose blocks
+    live in host memory has its `visitors` (see lensmith.model.residence).
     """
     device, dtype = pixels.device, tower.patch_embed.proj.weight.dtype
     hidden = _embed_patches(tower, pixels.to(dtype), grids)
@@ -43,7 +44,10 @@ def encode_images(
     rope = tower.rotary_pos_emb(hidden, places)
     layout = _image_layout(grids, device, dtype)
     deepstack = {}
+    visitors = getattr(tower, "visitors", None)
     for index, block in enumerate(tower.blocks):
+        if visitors is not None:
+            visitors.bring(index, index + 1)
         if recompute and torch.is_grad_enabled():
             hidden = checkpoint(_run_block, block, hidden, rope, layout, use_reentrant=False)
         else:
