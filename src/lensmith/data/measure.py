@@ -11,7 +11,7 @@ import numpy as np
 
 from lensmith.data.images import fit_px
 from lensmith.errors import RowCode, RowError
-from lensmith.types import Encoded, ImageSize
+from lensmith.types import Encoded, ImageSize, Sample
 
 if TYPE_CHECKING:
     from lensmith.data.source import SampleSource
@@ -67,13 +67,17 @@ class Measurer:
         chunk = Chunk()
         for row in range(start, stop):
             try:
-                self._measure_row(row, chunk)
+                self.measure_sample(row, self.source.sample(row), chunk)
             except RowError as fault:
                 chunk.refused.append(Refusal(fault.where, fault.code, fault.sentence))
         return chunk
 
-    def _measure_row(self, row: int, chunk: Chunk) -> None:
-        sample = self.source.sample(row)
+    def measure_sample(self, row: int, sample: Sample, chunk: Chunk) -> tuple[Encoded, Encoded | None]:
+        """Add the sample of that row to the chunk; returns it encoded as it is, and as it fits, None where dropped.
+
+        Raises:
+            RowError: the sample cannot be used, or does not fit the budget.
+        """
         encoded = original = self.source.encode(sample, max_tokens=self.source.caps.get(row), check=True)
         if encoded.num_tokens > self.budget_tokens:
             image_tokens = sum(image.tokens for image in encoded.images)
@@ -81,7 +85,7 @@ class Measurer:
             if self.on_long == "drop":
                 sentence = f"{needs}, and pack.tokens is {self.budget_tokens:,}."
                 chunk.dropped.append(Refusal(sample.where, "too_long", sentence))
-                return
+                return original, None
             cap = self._cap(encoded) if self.on_long == "shrink" else None
             if cap is None:
                 tried = " and smaller images would not do" if self.on_long == "shrink" else ""
@@ -95,6 +99,7 @@ class Measurer:
             encoded = self.source.encode(sample, max_tokens=cap)
         chunk.unlearned_answers += self.source.encoder.unlearned_answers(sample)
         self._add(row, encoded, original, chunk)
+        return original, encoded
 
     def _cap(self, encoded: Encoded) -> int | None:
         """The most tokens per image with which the row fits, or None."""

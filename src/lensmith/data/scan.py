@@ -159,9 +159,9 @@ def scan_source(
         chunks.append(chunk)
         if progress is not None:
             progress(min(len(chunks) * CHUNK_ROWS, len(source)), len(source))
-    scan = _joined(source, chunks)
+    scan = join_chunks(source, chunks)
     _stop_for(scan, on_long, on_bad_row)
-    return _weighted(scan, seed)
+    return weighted(scan, seed)
 
 
 def hold_out(scan: Scan, share: float, seed: int) -> tuple[Scan, Scan]:
@@ -210,7 +210,8 @@ def _measure(span: tuple[int, int]) -> Chunk:
     return _adopted[0].measure(*span)
 
 
-def _joined(source: SampleSource, chunks: list[Chunk]) -> Scan:
+def join_chunks(source: SampleSource, chunks: list[Chunk]) -> Scan:
+    """What was measured of all rows, in one piece."""
     names = ROW_NUMBERS | IMAGE_NUMBERS
     whole = {name: np.concatenate([np.array(chunk.numbers[name]) for chunk in chunks]) for name in names}
     caps = {row: cap for chunk in chunks for row, cap in chunk.caps.items()}
@@ -294,7 +295,7 @@ def _listed(names: list[str], total: int) -> str:
     return ", ".join(names) + (f" and {total - len(names):,} more" if total > len(names) else "")
 
 
-def _weighted(scan: Scan, seed: int) -> Scan:
+def weighted(scan: Scan, seed: int) -> Scan:
     """Rows of each file as often as its weight says: whole repeats, and a seeded part of them once more."""
     spans = scan.source.samples.spans
     if all(weight == 1 for _, weight in spans):
