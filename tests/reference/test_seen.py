@@ -1,6 +1,7 @@
 """What `check` shows is what the model is fed: pictures to the bit, texts to the token."""
 
 import io
+import unicodedata
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_pieces_cover_every_token_once_and_learned_ones_are_those_with_a_label(e
         ("assistant", "Yes."),
     )
     encoded = encoder.encode(sample)
-    pieces = read_back(encoded, encoder.tokenizer)
+    pieces = list(read_back(encoded, encoder.tokenizer))
     assert sum(piece.tokens for piece in pieces) == encoded.num_tokens
     assert (
         np.repeat([p.learned for p in pieces], [p.tokens for p in pieces]).tolist()
@@ -93,7 +94,7 @@ def test_image_tokens_are_one_piece_per_picture(encoder):
 
 def test_a_special_token_written_in_a_text_is_shown_as_text(encoder):
     sample = conversation(("user", "What is <|image_pad|>?"), ("assistant", "<|im_end|>"))
-    pieces = read_back(encoder.encode(sample), encoder.tokenizer)
+    pieces = list(read_back(encoder.encode(sample), encoder.tokenizer))
     assert not [p for p in pieces if p.special and p.text == "<|image_pad|>"]
     assert "What is <|image_pad|>?" in "".join(p.text for p in pieces if not p.special)
     assert "".join(p.text for p in pieces if p.learned and not p.special) == "<|im_end|>"
@@ -103,3 +104,25 @@ def test_a_replacement_character_in_the_data_is_shown_as_it_is(encoder):
     sample = conversation(("user", "Read it."), ("assistant", "a\ufffd\ufffd b \ufffd"))
     learned = [p.text for p in read_back(encoder.encode(sample), encoder.tokenizer) if p.learned]
     assert "".join(learned) == "a\ufffd\ufffd b \ufffd<|im_end|>"
+
+
+def test_joined_pieces_are_what_the_tokenizer_decodes(encoder):
+    every_kind = "".join(  # Qwen's tokenizer brings texts to NFC
+        map(chr, (*range(32, 1200), *range(0x4E00, 0x4E80), *range(0x1F600, 0x1F640), 0xFFFD, 0x10FFFF))
+    )
+    sample = conversation(("user", "Read it."), ("assistant", every_kind))
+    encoded = encoder.encode(sample)
+    pieces = list(read_back(encoded, encoder.tokenizer))
+    assert "".join(p.text for p in pieces) == encoder.tokenizer.decode(encoded.input_ids)
+    assert "".join(p.text for p in pieces if p.learned) == unicodedata.normalize("NFC", every_kind) + "<|im_end|>"
+
+
+def test_of_long_texts_the_rest_is_counted_and_what_follows_is_shown(encoder):
+    sample = conversation(("user", "word " * 5_000), ("assistant", "An answer."))
+    encoded = encoder.encode(sample)
+    pieces = list(read_back(encoded, encoder.tokenizer, most_tokens=100))
+    left_out = [p for p in pieces if p.text is None]
+    assert len(left_out) == 1
+    assert sum(p.tokens for p in pieces) == encoded.num_tokens
+    assert sum(p.tokens for p in pieces if not p.special and not p.learned and p.text is not None) < 120
+    assert "".join(p.text for p in pieces if p.learned) == "An answer.<|im_end|>"

@@ -5,9 +5,13 @@ Nothing here knows what the row said. So what is shown is what is learned, also 
 
 from __future__ import annotations
 
+import codecs
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lensmith.data.images import grid_of, read_patches
 from lensmith.types import IGNORE
@@ -19,15 +23,13 @@ if TYPE_CHECKING:
 
     from lensmith.types import Encoded, ImageSize, VisionGeometry
 
-UNFINISHED = "\ufffd"
-"""What tokenizers decode to where the bytes of a character are still missing."""
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """The fewest neighbouring tokens that spell whole characters; for a special token, all its repeats in a row."""
 
-    text: str
+    text: str | None
+    """None for what is left out of a long run of text."""
     tokens: int
     special: bool
     """Whether it is an added token, such as <|im_end|>; the same characters in a row's text are not."""
@@ -62,26 +64,44 @@ def draw_patches(
     return Image.fromarray((bytes_ * (255 * std) + 255 * mean).round().to(torch.uint8).numpy())
 
 
-def read_back(encoded: Encoded, tokenizer: Any) -> tuple[Piece, ...]:
+def read_back(encoded: Encoded, tokenizer: Any, *, most_tokens: int | None = None) -> Iterator[Piece]:
     """Ids decoded token by token, each with whether its label is learned.
 
-    `tokenizer`: the checkpoint's fast tokenizer.
+    `tokenizer`: the checkpoint's fast one. `most_tokens`: of longer runs of text the rest is left out, as one piece.
     """
-    return tuple(_pieces(encoded, tokenizer))
-
-
-def _pieces(encoded: Encoded, tokenizer: Any) -> Iterator[Piece]:
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
-    ids, learned = encoded.input_ids.tolist(), (encoded.labels != IGNORE).tolist()
-    start = 0
-    for stop in range(1, len(ids) + 1):
-        is_last = stop == len(ids) or (ids[stop] in added) != (ids[start] in added) or learned[stop] != learned[start]
-        if ids[start] in added:
-            if is_last or ids[stop] != ids[start]:
-                yield Piece(added[ids[start]], stop - start, True, learned[start])
-                start = stop
+    ids, learned = encoded.input_ids, encoded.labels != IGNORE
+    is_added = np.isin(ids, list(added))
+    # A run ends where text meets special tokens or learned meets not learned; a special token, also where another follows.
+    differs = (is_added[1:] != is_added[:-1]) | (learned[1:] != learned[:-1]) | (is_added[1:] & (ids[1:] != ids[:-1]))
+    for run in np.split(np.arange(len(ids)), np.flatnonzero(differs) + 1):
+        first, is_learned = run[0], bool(learned[run[0]])
+        if is_added[first]:
+            yield Piece(added[int(ids[first])], len(run), True, is_learned)
             continue
-        text = tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
-        if is_last or not text.endswith(UNFINISHED):
-            yield Piece(text, stop - start, False, learned[start])
-            start = stop
+        spelled = ids[run[:most_tokens]].tolist()
+        for text, tokens in _spell(spelled, tokenizer):
+            yield Piece(text, tokens, False, is_learned)
+        if len(spelled) < len(run):
+            yield Piece(None, len(run) - len(spelled), False, is_learned)
+
+
+def _spell(ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """Text and number of tokens of each piece. Qwen's tokens are bytes, written as letters the way GPT-2 writes them."""
+    decoder, byte_of = codecs.getincrementaldecoder("utf-8")("replace"), _byte_letters()
+    text, tokens = "", 0
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        text += decoder.decode(bytes(byte_of[letter] for letter in token))
+        tokens += 1
+        if not decoder.getstate()[0]:  # no byte waits for the rest of its character
+            yield text, tokens
+            text, tokens = "", 0
+    if tokens:
+        yield text + decoder.decode(b"", final=True), tokens
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
