@@ -27,7 +27,7 @@ PEER_SETTINGS = ((64, 1), (128, 0), (128, 1))
 def measure_ours(rows: str, samples: int) -> float:
     """Questions per second of `samples` questions with the demo's settings."""
     from lensmith.config.tree import Data
-    from lensmith.demo import demo_config
+    from lensmith.demo import demo_config, picture_folder
     from lensmith.train.sft import train_model
 
     config = demo_config()
@@ -37,7 +37,7 @@ def measure_ours(rows: str, samples: int) -> float:
         train_model(
             config.model_copy(
                 update={
-                    "data": Data(train=rows, test=None),
+                    "data": Data(train=rows, test=None, image_root=picture_folder()),
                     "run": run,
                     "pack": config.pack.model_copy(update={"check_packs": 0}),
                     "optim": config.optim.model_copy(update={"steps": steps}),

@@ -77,7 +77,7 @@ def run_demo(
     say = say or (lambda _: None)
     run = unused_folder(run)
     train, test = write_rows(run / "rows", seed, questions)
-    data = Data(train=str(train), test=str(test))
+    data = Data(train=str(train), test=str(test), image_root=picture_folder())
     config = (config or demo_config()).model_copy(update={"data": data, "seed": seed, "run": run})
     compared = train_and_compare(config, say=say, train_progress=train_progress, eval_progress=eval_progress)
     page = write_report(RunDir(run), test, compared, seed)
@@ -106,6 +106,13 @@ def unused_folder(run: Path) -> Path:
     """`run` if nothing is there, else the first of run-2, run-3, ... that is free: nobody's run is overwritten."""
     candidates = (run if number == 1 else run.with_name(f"{run.name}-{number}") for number in range(1, 10_000))
     return next(folder for folder in candidates if not folder.exists() or not any(folder.iterdir()))
+
+
+def picture_folder() -> Path:
+    """Where easy-VQA keeps its pictures: in its package."""
+    import easy_vqa
+
+    return Path(easy_vqa.__file__).parent
 
 
 def write_rows(folder: Path, seed: int, questions: int = TEST_QUESTIONS) -> tuple[Path, Path]:

@@ -38,12 +38,78 @@ class ImageRef:
     """A picture that has not been opened yet."""
 
     source: Path | bytes | str
-    """A file, an encoded image, or (only with data.allow_urls) an http(s) address."""
+    """A file, an encoded image, or an address: hf://, s3://, gs://, or http(s) with data.allow_urls."""
     key: str
     """Equal keys mean the same picture: the resolved path, or a digest of the bytes."""
+    member: str | None = None
+    """Name of the picture inside `source`, where that is a .zip."""
+    page: int | None = None
+    """Page of the document, from 1, where the picture is one."""
 
     def __str__(self) -> str:
-        return str(self.source) if not isinstance(self.source, bytes) else f"{len(self.source)} bytes"
+        place = f"{len(self.source)} bytes" if isinstance(self.source, bytes) else str(self.source)
+        place = f"{place}/{self.member}" if self.member else place
+        return f"{place}#page={self.page}" if self.page else place
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRef:
+    """A video that has not been opened yet."""
+
+    source: ImageRef | tuple[ImageRef, ...]
+    """A file, found as pictures are; or the frames, each a picture."""
+    key: str
+    """Equal keys mean the same video."""
+    fps: float | None = None
+    """Of a file: frames to take per second. Of frames: how many there are per second. None: as data.video says."""
+    times_s: tuple[float, ...] | None = None
+    """When each of the frames is shown, where the row says so."""
+
+    def __str__(self) -> str:
+        return str(self.source) if isinstance(self.source, ImageRef) else f"{self.source[0]} and its following frames"
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """What is seen of one video: some of its frames."""
+
+    video: VideoRef
+    frames: tuple[int, ...]
+    """Their numbers in the video, from 0; whole moments, the last frame twice where it would be alone."""
+    times_s: tuple[float, ...]
+    """When each is shown."""
+    per_moment: int
+    """Frames that the image tower sees as one patch in time: two for every Qwen3-VL."""
+
+    @property
+    def num_moments(self) -> int:
+        return len(self.frames) // self.per_moment
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Some neighbouring frames of a clip, seen as one picture under one time; to a clip what a page is to a document."""
+
+    clip: Clip
+    index: int
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        return self.clip.frames[self.index * self.clip.per_moment :][: self.clip.per_moment]
+
+    @property
+    def time_s(self) -> float:
+        """Halfway between its first and its last frame, as Qwen3VLProcessor counts."""
+        times = self.clip.times_s[self.index * self.clip.per_moment :][: self.clip.per_moment]
+        return (times[0] + times[-1]) / 2
+
+    @property
+    def key(self) -> str:
+        """Equal keys mean the same frames of the same video."""
+        return f"{self.clip.video.key}#{','.join(map(str, self.frames))}"
+
+    def __str__(self) -> str:
+        return f"{self.clip.video} at {self.time_s:.1f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +124,23 @@ class ImageMark:
     index: int
 
 
-Part = Text | ImageMark
+@dataclass(frozen=True, slots=True)
+class VideoMark:
+    """The place of a video in a message; `Sample.videos[index]` is the video."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLimits:
+    """How many language tokens one picture may cost."""
+
+    min_tokens: int | None
+    """None: the checkpoint's own minimum."""
+    max_tokens: int
+
+
+Part = Text | ImageMark | VideoMark
 Role = Literal["system", "user", "assistant"]
 
 
@@ -82,6 +164,12 @@ class Sample:
     images: tuple[ImageRef, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What else the row held, untouched: rewards and breakdowns by column read it."""
+    limits: TokenLimits | None = None
+    """Of its pictures, where its file has limits of its own."""
+    thoughts: int = 0
+    """<think> parts of its answers; with data.reasoning=drop they were taken out."""
+    videos: tuple[VideoRef, ...] = ()
+    """Those that the messages mention, in order of first mention."""
 
     @property
     def question(self) -> str:
@@ -122,9 +210,9 @@ class VisionGeometry:
 
 @dataclass(frozen=True, slots=True)
 class ImageSize:
-    """What one image of a sample will cost, known from its file header alone."""
+    """What one image of a sample, or one moment of a video, will cost; known from its file's header alone."""
 
-    ref: ImageRef
+    ref: ImageRef | Moment
     original_px: tuple[int, int]
     """Height and width upright, that is after the EXIF rotation."""
     seen_px: tuple[int, int]
@@ -147,6 +235,7 @@ class Encoded:
     labels: Int[np.ndarray, " tokens"]
     """Equal to input_ids where learned, IGNORE elsewhere (not shifted)."""
     images: tuple[ImageSize, ...]
+    """Images and the moments of videos, in the order of their tokens."""
     prefix_tokens: int
     """Leading tokens up to and including the last image's end mark, none of them learned; 0 without images."""
 

@@ -15,6 +15,7 @@ from PIL import Image
 from lensmith.config.tree import Columns, Images
 from lensmith.data.encode import Encoder, encode_sample
 from lensmith.data.images import grid_of, read_geometry, write_policy
+from lensmith.data.refs import RefReader
 from lensmith.data.rows import open_rows
 from lensmith.data.samples import guess_layout, to_sample
 from lensmith.errors import ConfigError, ModelError, RowError
@@ -59,7 +60,7 @@ def chats(tmp_path_factory) -> list[Sample]:
     Image.new("RGB", (150, 70), "red").save(folder / "wide.png")
     Image.new("RGB", (61, 300), "blue").save(folder / "tall.png")
     rows = open_rows(CHATS)
-    samples = [to_sample(row, guess_layout(rows, Columns()), image_root=folder) for row in rows]
+    samples = [to_sample(row, guess_layout(rows, Columns()), RefReader(folder)) for row in rows]
     assert len(samples) == NUM_CHATS
     return samples
 

@@ -1,9 +1,7 @@
 """Pictures as people have them: rotated, clear, grey, deep, broken; and what each costs before it is decoded."""
 
 import copy
-import http.server
 import io
-import threading
 import time
 
 import numpy as np
@@ -167,29 +165,3 @@ def test_small_pictures_are_read_in_a_fraction_of_a_millisecond(processor, flag,
     for _ in range(100):
         read_patches(size, geometry)
     assert (time.perf_counter() - started) / 100 < 2e-3
-
-
-def test_picture_at_an_address_is_fetched_once(flag, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "www").mkdir()
-    flag.save(tmp_path / "www" / "flag.png")
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path / "www"))
-
-        def log_message(self, *_):
-            asked.append(self.path)
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    picture = ImageRef(f"{address}/flag.png", "")
-    assert header_px(picture) == (40, 60)
-    assert corners(open_image(picture)) == ["red", "green", "blue", "white"]
-    assert len(asked) == 1
-    gone = fault(lambda: header_px(ImageRef(f"{address}/gone.png", "")))
-    server.shutdown()
-    assert gone.code == "missing_file"
-    assert "cannot be fetched (HTTP Error 404: File not found)" in str(gone)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lensmith.config.tree import Columns
+from lensmith.data.refs import RefReader
 from lensmith.data.rows import open_rows
 from lensmith.data.samples import guess_layout, to_sample
 from lensmith.data.source import read_samples
@@ -34,7 +35,7 @@ def sample_of(folder):
         path.write_text("\n".join(map(json.dumps, rows)))
         opened = open_rows(path)
         layout = guess_layout(opened, columns or Columns())
-        return to_sample(opened[0], layout, image_root=folder, allow_urls=allow_urls)
+        return to_sample(opened[0], layout, RefReader(folder, allow_urls=allow_urls))
 
     return read
 
@@ -92,7 +93,7 @@ def test_pictures_come_as_paths_bytes_base64_data_uris_and_pil(folder):
     layout = guess_layout(open_rows(_file(folder, {"image": RED, "answer": "x"})), Columns())
 
     def image(cell):
-        return to_sample(Row("here:1", {"image": cell, "answer": "x"}), layout, image_root=folder).images[0]
+        return to_sample(Row("here:1", {"image": cell, "answer": "x"}), layout, RefReader(folder)).images[0]
 
     assert len({image(cell).key for cell in cells}) == 1, "the same bytes are the same picture"
     assert all(image(cell).source == content for cell in cells)
@@ -209,7 +210,7 @@ def test_turns_that_are_no_turns_are_told(folder):
         ([{"content": "x"}], "turn 1 does not say who speaks"),
     ]:
         with pytest.raises(RowError) as caught:
-            to_sample(Row("here:1", {"messages": value}), layout, image_root=folder)
+            to_sample(Row("here:1", {"messages": value}), layout, RefReader(folder))
         assert sentence in str(caught.value)
 
 
@@ -226,7 +227,7 @@ def test_guess_is_said_in_one_line_and_can_be_overridden(folder):
         "Set data.columns to change this."
     )
     layout = guess_layout(rows, Columns(question="text", answer="comment"))
-    sample = to_sample(rows[0], layout, image_root=folder)
+    sample = to_sample(rows[0], layout, RefReader(folder))
     assert shape(sample) == [("user", 0, "Q"), ("assistant", "A")]
     assert sample.columns == {"answer": "B", "id": 1}
 

@@ -146,7 +146,7 @@ def test_pictures_that_the_limits_change_are_counted_once_each(scan_of):
     assert (scan.images.pictures, scan.images.reduced, scan.images.enlarged) == (3, 1, 1)
     assert scan.images.median_scale == pytest.approx(scan.source.encoded(0).images[0].scale)
     assert scan.sentences()[0].startswith("3 pictures; 1 reduced to data.image.max_tokens=64: sides to 5")
-    assert "1 enlarged to 4 tokens (data.image.min_tokens)" in scan.sentences()[0]
+    assert "1 enlarged to data.image.min_tokens=4" in scan.sentences()[0]
     assert scan_of(GOOD).sentences()[0] == "6 pictures; none reduced, none enlarged."
 
 

@@ -250,7 +250,7 @@ def resolve_paths(
             changed[setting] = resolve(str(value), key)
         elif isinstance(value, list):
             changed[setting] = [
-                {"path": resolve(source.path, (*key, index)), "weight": source.weight}
+                {**source.model_dump(), "path": resolve(source.path, (*key, index))}
                 for index, source in enumerate(value)
             ]
     tree = config.model_dump()

@@ -77,11 +77,12 @@ class Source(Section):
 
 class Data(Section):
     train: str | list[Source] | None = None
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder with images beside one such file, or a data set name."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, here or at hf://, s3:// or gs://, a folder with images beside one such
+    file, or a data set name."""
     test: str | Share | None = 0.05
     """A file like `train`, or a share of it held out by image, asked before and after. Null: nothing is held out."""
-    image_root: Path | None = None
-    """Folder that relative image paths start from. Null: the folder of the data file."""
+    image_root: str | Path | None = None
+    """Folder that relative image paths start from, and stay in. Null: the folder of the data file."""
     columns: Columns = Columns()
     image: Images = Images()
     video: Video = Video()
@@ -142,7 +143,7 @@ class Packing(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] | None = None
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] | None = None
     """Null: adamw_8bit on a GPU with a real model, adamw otherwise."""
     in_backward: bool = False
     """Whether each weight is updated as soon as its gradient is known, so that never all gradients are alive. For

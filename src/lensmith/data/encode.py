@@ -24,7 +24,7 @@ import numpy as np
 from lensmith.data.images import check_policy, read_geometry, size_image
 from lensmith.data.skeleton import Fixed, Run, Skeleton, Templater
 from lensmith.errors import ModelError, RowError
-from lensmith.types import IGNORE, Encoded, ImageMark, ImageSize, Message, Sample, Text, VisionGeometry
+from lensmith.types import IGNORE, Encoded, ImageMark, ImageSize, Message, Sample, Text, TokenLimits, VisionGeometry
 
 if TYPE_CHECKING:
     from lensmith.config.tree import Images
@@ -70,6 +70,12 @@ class Encoder:
         geometry = read_geometry(processor)
         least = geometry.min_tokens if images.min_tokens is None else images.min_tokens
         return cls(processor.tokenizer, template, geometry, min_tokens=least, max_tokens=images.max_tokens)
+
+    def limits(self, own: TokenLimits | None) -> tuple[int, int]:
+        """Fewest and most tokens of an image, where its file may have limits of its own."""
+        if own is None:
+            return self.min_tokens, self.max_tokens
+        return self.geometry.min_tokens if own.min_tokens is None else own.min_tokens, own.max_tokens
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_skeletons": {}}
@@ -144,10 +150,9 @@ class Encoder:
         return Encoded(sample.where, input_ids, labels, sizes, prefix_tokens)
 
     def _size(self, sample: Sample, mark: int) -> ImageSize:
+        least, most = self.limits(sample.limits)
         try:
-            return size_image(
-                sample.images[mark], self.geometry, min_tokens=self.min_tokens, max_tokens=self.max_tokens
-            )
+            return size_image(sample.images[mark], self.geometry, min_tokens=least, max_tokens=most)
         except RowError as fault:
             raise fault.at(sample.where) from fault
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 import functools
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lensmith.data.fetch import fetch_image
+from lensmith.data.documents import draw_page, page_px
+from lensmith.data.heif import open_picture
+from lensmith.data.places import open_ref
 from lensmith.errors import ConfigError, RowError
 from lensmith.types import ImageRef, ImageSize, VisionGeometry
 
@@ -69,11 +73,11 @@ def write_policy(processor: Any, min_tokens: int, max_tokens: int) -> None:
     images.size = {"shortest_edge": min_tokens * token_area, "longest_edge": max_tokens * token_area}
 
 
-def check_policy(min_tokens: int, max_tokens: int) -> None:
-    """Raise ConfigError where no picture could satisfy both limits."""
+def check_policy(min_tokens: int, max_tokens: int, *, setting: str = "data.image") -> None:
+    """Raise ConfigError where no picture could satisfy both limits, which `setting` holds."""
     if min_tokens > max_tokens:
         raise ConfigError(
-            f"data.image.min_tokens is {min_tokens} but data.image.max_tokens is {max_tokens}; "
+            f"{setting}.min_tokens is {min_tokens} but {setting}.max_tokens is {max_tokens}; "
             f"raise max_tokens to {min_tokens} or more, or set min_tokens (its default is the checkpoint's own)."
         )
 
@@ -135,6 +139,9 @@ def grid_of(size: ImageSize, geometry: VisionGeometry) -> tuple[int, int, int]:
 
 def header_px(ref: ImageRef) -> tuple[int, int]:
     """Upright height and width in pixels, from the file's header; no pixel is decoded."""
+    if ref.page is not None:
+        with _gone(ref):
+            return page_px(ref)
     with _open_header(ref) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
@@ -146,8 +153,9 @@ def check_whole(ref: ImageRef) -> None:
     Reads the last bytes only. Some sound files carry something after their end mark, so one without the mark in its
     place is decoded to be sure.
     """
-    location = _location(ref)
-    with location if isinstance(location, io.BytesIO) else location.open("rb") as file:
+    if ref.page is not None:
+        return
+    with _gone(ref), open_ref(ref) as file:
         start = file.read(8)
         mark = next((end for begin, end in END_MARKS.items() if start.startswith(begin)), None)
         if mark is None:
@@ -168,6 +176,9 @@ def open_image(ref: ImageRef) -> Image.Image:
     Raises:
         RowError: `missing_file`, `unreadable_image`, `truncated_image` or `decompression_bomb`.
     """
+    if ref.page is not None:
+        with _gone(ref):
+            return draw_page(ref)
     with _open_header(ref) as image:
         turn = UPRIGHT.get(_orientation(image))
         try:
@@ -217,24 +228,36 @@ def _byte_scale(numbers: tuple[float, float, float]) -> Float[Tensor, "3 1 1 1"]
     return torch.tensor(numbers).mul_(255).view(3, 1, 1, 1)
 
 
+@contextmanager
+def _gone(ref: ImageRef) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as cause:
+        raise RowError(str(ref), "missing_file", "there is no such file.") from cause
+
+
 def _location(ref: ImageRef) -> Path | io.BytesIO:
-    if isinstance(ref.source, bytes):
-        return io.BytesIO(ref.source)
-    return fetch_image(ref.source) if isinstance(ref.source, str) else ref.source
+    """What Pillow opens; a path where there is one, since it then closes the file itself."""
+    if isinstance(ref.source, Path) and ref.member is None:
+        return ref.source
+    with open_ref(ref) as file:
+        return io.BytesIO(file.read())
 
 
 def _open_header(ref: ImageRef) -> Image.Image:
-    try:
-        return Image.open(_location(ref))
-    except FileNotFoundError as cause:
-        raise RowError(str(ref), "missing_file", "there is no such file.") from cause
-    except Image.DecompressionBombError as cause:
-        raise _bomb(ref, cause) from cause
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as cause:
-        what = "is empty (0 bytes)" if _num_bytes(ref) == 0 else "is not a picture that Pillow can read"
-        raise RowError(
-            str(ref), "unreadable_image", f"the file {what}; convert it to PNG or JPEG, or remove the row."
-        ) from cause
+    with _gone(ref):
+        location = _location(ref)
+        try:
+            return open_picture(location, str(ref))
+        except FileNotFoundError:
+            raise
+        except Image.DecompressionBombError as cause:
+            raise _bomb(ref, cause) from cause
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as cause:
+            what = "is empty (0 bytes)" if _num_bytes(ref) == 0 else "is not a picture that Pillow can read"
+            raise RowError(
+                str(ref), "unreadable_image", f"the file {what}; convert it to PNG or JPEG, or remove the row."
+            ) from cause
 
 
 def _bomb(ref: ImageRef, cause: Exception) -> RowError:

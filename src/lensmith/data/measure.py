@@ -47,6 +47,7 @@ class Chunk:
     refused: list[Refusal] = field(default_factory=list)
     dropped: list[Refusal] = field(default_factory=list)
     unlearned_answers: int = 0
+    thoughts: int = 0
 
     def add(self, **numbers: float) -> None:
         """Append one number to each of the named arrays."""
@@ -86,7 +87,7 @@ class Measurer:
                 sentence = f"{needs}, and pack.tokens is {self.budget_tokens:,}."
                 chunk.dropped.append(Refusal(sample.where, "too_long", sentence))
                 return original, None
-            cap = self._cap(encoded) if self.on_long == "shrink" else None
+            cap = self._cap(encoded, self.source.encoder.limits(sample.limits)[0]) if self.on_long == "shrink" else None
             if cap is None:
                 tried = " and smaller images would not do" if self.on_long == "shrink" else ""
                 raise RowError(
@@ -98,19 +99,20 @@ class Measurer:
             chunk.caps[row] = cap
             encoded = self.source.encode(sample, max_tokens=cap)
         chunk.unlearned_answers += self.source.encoder.unlearned_answers(sample)
+        chunk.thoughts += sample.thoughts
         self._add(row, encoded, original, chunk)
         return original, encoded
 
-    def _cap(self, encoded: Encoded) -> int | None:
-        """The most tokens per image with which the row fits, or None."""
+    def _cap(self, encoded: Encoded, least: int) -> int | None:
+        """The most tokens per image with which the row fits, not below `least`; None where it cannot."""
         encoder = self.source.encoder
         room = self.budget_tokens - encoded.num_tokens + sum(image.tokens for image in encoded.images)
 
         def cost(cap: int) -> int:
-            sides = [fit_px(*image.original_px, encoder.geometry, encoder.min_tokens, cap) for image in encoded.images]
+            sides = [fit_px(*image.original_px, encoder.geometry, least, cap) for image in encoded.images]
             return sum(height * width for height, width in sides) // encoder.geometry.token_px**2
 
-        low, high = encoder.min_tokens, max((image.tokens for image in encoded.images), default=0)
+        low, high = least, max((image.tokens for image in encoded.images), default=0)
         if not encoded.images or cost(low) > room:
             return None
         while high - low > 1:

@@ -1,8 +1,8 @@
-# ruff: noqa: PTH110, PTH113, PTH118  (pathlib takes five times as long, and this runs for every picture of every row)
-"""What a cell may hold as a picture, turned into ImageRefs; nothing is opened, files are only looked for.
+"""What a cell may hold as a picture, turned into ImageRefs; files are only looked for, except to count a document's pages.
 
-A path, a data URI, base64, an http(s) address, encoded bytes, a {"bytes", "path"} struct as Hugging Face data sets store
-pictures, a PIL image, a {"url"} struct as chat APIs write them; or a list of these, also written as JSON or with `;`.
+A path, a data URI, base64, an address, encoded bytes, a {"bytes", "path"} struct as Hugging Face data sets store pictures,
+a PIL image, a {"url"} struct as chat APIs write them; or a list of these, also written as JSON or with `;`. A path may be
+that of a document, with or without pages: report.pdf, report.pdf#page=3, report.pdf#page=2-5.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import binascii
 import io
 import json
 import math
-import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image
 
+from lensmith.data.documents import ALL_PAGES, DOCUMENT_START, read_pages, split_pages
+from lensmith.data.places import WEB, LocalRoot
+from lensmith.data.remote import RemoteRoot, is_remote, outside
 from lensmith.errors import RowError
 from lensmith.types import ImageRef
 
@@ -29,36 +32,50 @@ BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 SHORTEST_BASE64 = 64
 """No picture is smaller; shorter text is a path."""
 
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
+
 NOT_THERE = ImageRef(b"", "")
 """Stands for a picture that cannot be had, where faults are collected instead of raised."""
 
 
-@dataclass(frozen=True, slots=True)
+Pictures = tuple[ImageRef, ...]
+"""What one entry of a cell names: one picture, or the pages of a document."""
+
+
 class RefReader:
     """Turns the cells of one data file into ImageRefs."""
 
-    root: str
-    """Absolute folder that relative paths start from. A string, because this is asked for every row."""
-    allow_urls: bool = False
-    faults: list[RowError] | None = None
-    """Collects what is wrong with single pictures, which NOT_THERE then stands for; None raises it."""
-
-    def read(self, cell: Any, where: str) -> list[ImageRef]:
-        """All pictures in a cell; none for null or an empty string.
+    def __init__(self, root: str | Path, *, allow_urls: bool = False, allow_outside: bool = False) -> None:
+        """`root`: the folder that relative paths start from, on this machine or at an address.
 
         Raises:
-            RowError: `missing_file`, `url_not_allowed`, or `unreadable_image` for what cannot be a picture.
+            DataError: the library for addresses like the root's is not installed.
         """
-        return [self._read_or_note(value, where) for value in self._flatten(cell)]
+        self.allow_urls, self.allow_outside = allow_urls, allow_outside
+        at_address = isinstance(root, str) and is_remote(root)
+        self._remote = RemoteRoot(root, allow_outside=allow_outside) if at_address else None
+        self._local = LocalRoot(root, allow_outside=allow_outside)
 
-    def _read_or_note(self, value: Any, where: str) -> ImageRef:
+    def read(self, cell: Any, where: str, faults: list[RowError] | None = None) -> list[Pictures]:
+        """All pictures in a cell, entry by entry; none for null or an empty string.
+
+        Args:
+            faults: collects what is wrong with single pictures, which NOT_THERE then stands for; None raises it.
+
+        Raises:
+            RowError: `missing_file`, `outside_root`, `url_not_allowed`, `unreadable_document`, or `unreadable_image` for
+                what cannot be a picture.
+        """
+        return [self._read_or_note(value, where, faults) for value in self._flatten(cell)]
+
+    def _read_or_note(self, value: Any, where: str, faults: list[RowError] | None) -> Pictures:
         try:
             return self._read_one(value, where)
         except RowError as fault:
-            if self.faults is None:
+            if faults is None:
                 raise
-            self.faults.append(fault)
-            return NOT_THERE
+            faults.append(fault)
+            return (NOT_THERE,)
 
     def _flatten(self, cell: Any) -> Iterator[Any]:
         if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
@@ -83,16 +100,16 @@ class RefReader:
                 yield cell  # a file may be called [1].png
                 return
             yield from self._flatten(listed)
-        elif ";" in cell and not _has_scheme(cell) and not os.path.exists(self._path(cell)):
+        elif ";" in cell and not _has_scheme(cell) and not self._local.holds(cell):
             yield from (part.strip() for part in cell.split(";") if part.strip())
         elif cell:
             yield cell
 
-    def _read_one(self, value: Any, where: str) -> ImageRef:
+    def _read_one(self, value: Any, where: str) -> Pictures:
         if isinstance(value, (bytes, bytearray)):
-            return _from_bytes(bytes(value))
+            return _from_bytes(bytes(value), where)
         if isinstance(value, Image.Image):
-            return _from_bytes(_encode(value))
+            return _from_bytes(_encode(value), where)
         if isinstance(value, (str, Path)):
             return self._from_text(str(value), where)
         raise RowError(
@@ -101,41 +118,40 @@ class RefReader:
             f"a value of type {type(value).__name__} stands where a picture should; give a path, bytes or base64.",
         )
 
-    def _from_text(self, value: str, where: str) -> ImageRef:
+    def _from_text(self, value: str, where: str) -> Pictures:
         if value.startswith("data:"):
-            return _from_bytes(_decode(value.partition(",")[2], where))
-        if value.startswith(("http://", "https://")):
-            if self.allow_urls:
-                return ImageRef(value, value)
+            return _from_bytes(_decode(value.partition(",")[2], where), where)
+        if len(value) >= SHORTEST_BASE64 and value.startswith(BASE64_STARTS) and "." not in value:
+            return _from_bytes(_decode(value, where), where)
+        name, pages = split_pages(value)
+        if "://" in name and (scheme := SCHEME.match(name)):
+            name = unquote(name.removeprefix("file://")) if scheme[0] == "file://" else name
+        ref = self._from_name(name, where)
+        return (ref,) if pages is None else read_pages(ref, pages, where)
+
+    def _from_name(self, name: str, where: str) -> ImageRef:
+        scheme = SCHEME.match(name) if "://" in name else None
+        if scheme and name.startswith(WEB):
+            self._allow_web(name, where)
+            return ImageRef(name, name)
+        if self._remote is not None:
+            address = self._remote.join(name, where)
+            return ImageRef(address, address)
+        if scheme and is_remote(name):
+            if not self.allow_outside:
+                raise outside(name, self._local.folder, where)
+            return ImageRef(name, name)
+        path, member = self._local.find(name, where)
+        return ImageRef(Path(path), path if member is None else f"{path}/{member}", member)
+
+    def _allow_web(self, address: str, where: str) -> None:
+        if not self.allow_urls:
             raise RowError(
                 where,
                 "url_not_allowed",
-                f"{value} is an address, and data.allow_urls is false; download the picture and name the file, "
+                f"{address} is an address, and data.allow_urls is false; download the picture and name the file, "
                 "or set data.allow_urls=true.",
             )
-        if len(value) >= SHORTEST_BASE64 and value.startswith(BASE64_STARTS) and "." not in value:
-            return _from_bytes(_decode(value, where))
-        return self._from_path(value.removeprefix("file://"), where)
-
-    def _path(self, name: str) -> str:
-        # normpath, not resolve(): a few microseconds instead of a look at every folder on the way.
-        return os.path.normpath(os.path.join(self.root, name))
-
-    def _from_path(self, name: str, where: str) -> ImageRef:
-        key = self._path(name)
-        path = Path(key)
-        if not os.path.isfile(key):
-            if path.is_dir():
-                what = "is a folder"
-            else:
-                what = "is missing" if path.parent.is_dir() else f"is missing, and so is its folder {path.parent}"
-            raise RowError(
-                where,
-                "missing_file",
-                f"{path} {what}; relative paths start from {self.root}, which data.image_root changes. "
-                "To leave such rows out, set data.on_bad_row=skip.",
-            )
-        return ImageRef(path, key)
 
 
 def _payload(struct: Mapping[str, Any]) -> Any:
@@ -147,7 +163,7 @@ def _payload(struct: Mapping[str, Any]) -> Any:
 
 
 def _has_scheme(cell: str) -> bool:
-    return cell.startswith(("data:", "http://", "https://"))
+    return cell.startswith("data:") or SCHEME.match(cell) is not None
 
 
 def _decode(text: str, where: str) -> bytes:
@@ -159,8 +175,9 @@ def _decode(text: str, where: str) -> bytes:
         ) from cause
 
 
-def _from_bytes(content: bytes) -> ImageRef:
-    return ImageRef(content, blake2b(content, digest_size=16).hexdigest())
+def _from_bytes(content: bytes, where: str) -> Pictures:
+    ref = ImageRef(content, blake2b(content, digest_size=16).hexdigest())
+    return read_pages(ref, ALL_PAGES, where) if content.startswith(DOCUMENT_START) else (ref,)
 
 
 def _encode(image: Image.Image) -> bytes:

@@ -5,6 +5,7 @@ and Hugging Face data sets are memory-mapped by `datasets`. All are picklable, s
 
     rows.jsonl  rows.json  rows.csv  rows.tsv  rows.parquet     a file
     charts/                                                     a folder: images beside one such file
+    hf://datasets/owner/name/rows.jsonl   s3://...   gs://...   a file elsewhere
     charts/ (from save_to_disk)   owner/name   owner/name:test  a Hugging Face data set
 """
 
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from lensmith.data.remote import fetch_file, is_remote, parent
 from lensmith.data.spans import Span, csv_delimiter, csv_spans, json_spans, line_spans, starts_array
 from lensmith.errors import DataError, RowError
 from lensmith.types import Row
@@ -41,8 +43,10 @@ class Rows(Sequence[Row]):
 
     name: str
     """How messages call it."""
-    root: Path
-    """The folder that relative image paths start from."""
+    root: Path | str
+    """The folder that relative image paths start from; a string where it is at an address."""
+    sentences: tuple[str, ...] = ()
+    """What was done to have the rows here, to print."""
 
     @abstractmethod
     def read(self, index: int) -> Row: ...
@@ -68,6 +72,8 @@ def open_rows(path: str | Path) -> Rows:
     Raises:
         DataError: there is no such file, or it is empty, or a folder holds none or several, each with the way out.
     """
+    if isinstance(path, str) and is_remote(path):
+        return _open_remote(path)
     place = Path(path).expanduser()
     if place.is_dir():
         return _open_folder(place)
@@ -77,6 +83,13 @@ def open_rows(path: str | Path) -> Rows:
     if place.suffix.lower() in DATA_SUFFIXES or place.parent.is_dir() or not HUB_NAME.fullmatch(name):
         raise DataError(f"{path}: there is no such file or folder{_near_names(place)}")
     return _open_hub(name)
+
+
+def _open_remote(address: str) -> Rows:
+    kept, sentence = fetch_file(address)
+    rows = _open_files([kept])
+    rows.root, rows.sentences = parent(address), (sentence,)
+    return rows
 
 
 class _SpanRows(Rows):
@@ -159,7 +172,11 @@ class _CsvRows(_SpanRows):
         start, stop, _ = next(spans, (0, 0, 0))
         with path.open("rb") as file:
             file.seek(start)
-            header = self._cells(file.read(stop - start).decode("utf-8-sig"))
+            first_line = file.read(stop - start)
+        try:
+            header = self._cells(first_line.decode("utf-8-sig"))
+        except UnicodeDecodeError as cause:
+            raise DataError(f"{path}: is not UTF-8 text ({cause.reason}); save it again as UTF-8 CSV") from cause
         self.columns = [name.strip() for name in header]
         doubled = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if doubled or not any(self.columns):

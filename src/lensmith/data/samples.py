@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 from lensmith.data.layout import Layout, guess_layout
-from lensmith.data.refs import RefReader
+from lensmith.data.refs import Pictures, RefReader
+from lensmith.data.thoughts import count_thoughts, drop_thoughts
 from lensmith.errors import RowError
-from lensmith.types import ImageMark, ImageRef, Message, Part, Role, Row, Sample, Text
+from lensmith.types import ImageMark, ImageRef, Message, Part, Role, Row, Sample, Text, TokenLimits
 
 __all__ = ["Layout", "RowError", "guess_layout", "to_sample"]
 
@@ -44,9 +43,10 @@ Turn = tuple[Role, list[Draft]]
 def to_sample(
     row: Row,
     layout: Layout,
+    refs: RefReader,
     *,
-    image_root: Path,
-    allow_urls: bool = False,
+    reasoning: Literal["keep", "drop"] = "keep",
+    limits: TokenLimits | None = None,
     faults: list[RowError] | None = None,
 ) -> Sample:
     """Checked messages and the pictures they mention; files are looked for, not opened.
@@ -55,15 +55,20 @@ def to_sample(
     a row without any mark has them in front of its first question.
 
     Args:
+        refs: finds what the row names as pictures.
+        reasoning: whether the <think> parts of answers stay in.
+        limits: of the row's pictures, where its file has its own.
         faults: collects what is wrong with single pictures, marks and turns, so that all of it is found at once; the
             sample is then only good for looking at what else it holds. None raises the first fault.
 
     Raises:
         RowError: with one of the codes of `lensmith.errors.RowCode`.
     """
-    root = os.path.abspath(image_root)  # noqa: PTH100, see RefReader
-    draft = _Draft(row, layout, RefReader(root, allow_urls, faults))
+    draft = _Draft(row, layout, refs, faults)
     turns: list[Turn] = [(role, draft.parts(content)) for role, content in _turns(row, layout)]
+    thoughts = sum(count_thoughts(answer.text) for answer in _answers(turns))
+    if thoughts and reasoning == "drop":
+        _collect(faults, _drop_thoughts, row, turns)
     _collect(faults, draft.place, turns)
     _collect(faults, _check_turns, row, turns)
     images: list[ImageRef] = []
@@ -78,9 +83,9 @@ def to_sample(
                 done.append(cast("Text", part))
         messages.append(Message(role, tuple(done)))
     if faults:
-        images += [ref for ref in draft.listed if ref not in images]
+        images += [ref for entry in draft.listed for ref in entry if ref not in images]
     others = {name: value for name, value in row.fields.items() if name not in layout.used}
-    return Sample(row.where, tuple(messages), tuple(images), others)
+    return Sample(row.where, tuple(messages), tuple(images), others, limits, thoughts)
 
 
 def _collect(faults: list[RowError] | None, step: Callable[..., None], *arguments: Any) -> None:
@@ -96,13 +101,16 @@ def _collect(faults: list[RowError] | None, step: Callable[..., None], *argument
 class _Draft:
     """Turns one row's contents into parts, and remembers what its columns list."""
 
-    def __init__(self, row: Row, layout: Layout, refs: RefReader) -> None:
-        self.row, self.refs = row, refs
-        self.listed = [ref for column in layout.image for ref in refs.read(row.fields.get(column), row.where)]
+    def __init__(self, row: Row, layout: Layout, refs: RefReader, faults: list[RowError] | None) -> None:
+        self.row, self.refs, self.faults = row, refs, faults
+        self.listed = [entry for column in layout.image for entry in self._read(row.fields.get(column))]
         self.columns = " and ".join(repr(column) for column in layout.image) or "'images'"
         # Where pictures never stand in a column, `<image>` in a text is just text; so it is beside image parts.
         self.reads_marks = bool(layout.image) or layout.kind == "conversations"
         self.has_image_parts = False
+
+    def _read(self, cell: Any) -> list[Pictures]:
+        return self.refs.read(cell, self.row.where, self.faults)
 
     def parts(self, content: Any) -> list[Draft]:
         """One turn's content: a text, or a list of texts and parts."""
@@ -127,7 +135,7 @@ class _Draft:
             self._malformed(f"a part of a message has the type {kind!r}")
         self.has_image_parts = True
         payload = next((item[key] for key in PICTURE_KEYS if item.get(key) is not None), None)
-        return list(self.refs.read(payload, self.row.where)) if payload is not None else ["mark"]
+        return [ref for entry in self._read(payload) for ref in entry] if payload is not None else ["mark"]
 
     def _malformed(self, what: str) -> NoReturn:
         raise RowError(
@@ -144,7 +152,10 @@ class _Draft:
         if num_marks == 0 and self.listed:
             self._place_in_front(turns)
             return
-        if num_marks != len(self.listed):
+        entries = self.listed
+        if num_marks != len(entries):  # then perhaps each page of a document has a mark of its own
+            entries = [(ref,) for entry in self.listed for ref in entry]
+        if num_marks != len(entries):
             kind = "image parts without a picture" if self.has_image_parts else f"{MARK} marks in the text"
             more = (
                 "Remove a path or add a mark"
@@ -157,9 +168,9 @@ class _Draft:
                 f"{num_marks} {kind} but {len(self.listed)} images listed in {self.columns}. {more}; "
                 "to leave such rows out, set data.on_bad_row=skip.",
             )
-        pictures = iter(self.listed)
+        pictures = iter(entries)
         for _, parts in turns:
-            parts[:] = [next(pictures) if part == "mark" else part for part in parts]
+            parts[:] = [ref for part in parts for ref in (next(pictures) if part == "mark" else (part,))]
 
     def _place_in_front(self, turns: list[Turn]) -> None:
         inline = sum(isinstance(part, ImageRef) for _, parts in turns for part in parts)
@@ -172,7 +183,18 @@ class _Draft:
             )
         first = next((parts for role, parts in turns if role == "user"), None)
         if first is not None:
-            first[:0] = self.listed
+            first[:0] = [ref for entry in self.listed for ref in entry]
+
+
+def _answers(turns: Sequence[Turn]) -> list[Text]:
+    return [part for role, parts in turns if role == "assistant" for part in parts if isinstance(part, Text)]
+
+
+def _drop_thoughts(row: Row, turns: list[Turn]) -> None:
+    for role, parts in turns:
+        if role == "assistant":
+            said = [Text(drop_thoughts(part.text, row.where)) if isinstance(part, Text) else part for part in parts]
+            parts[:] = [part for part in said if not isinstance(part, Text) or part.text]
 
 
 def _split_marks(part: Draft) -> list[Draft]:

@@ -76,25 +76,41 @@ class Scan:
     images: ImageCounts
     unlearned_answers: int
     """Earlier answers that are context only, because the chat template shows them differently once they are past."""
+    thoughts: int
+    """<think> parts of answers, learned or taken out as data.reasoning says."""
 
     def sentences(self) -> tuple[str, ...]:
         """What to tell the user; the last one is where all rows went."""
-        told = (self._about_images(), self._about_shrunk(), self._about_answers(), self._about_refused())
-        return (*(sentence for sentence in told if sentence), self._about_rows())
+        about = (self._about_images, self._about_shrunk, self._about_answers, self._about_thoughts, self._about_refused)
+        return (*(sentence for tell in about if (sentence := tell())), self._about_rows())
 
     def _about_images(self) -> str:
-        images, encoder = self.images, self.source.encoder
+        images = self.images
         if not images.pictures:
             return ""
         parts = [f"{images.pictures:,} pictures"]
         if images.reduced:
             parts.append(
-                f"{images.reduced:,} reduced to data.image.max_tokens={encoder.max_tokens}: "
+                f"{images.reduced:,} reduced to {self._limits(1)}: "
                 f"sides to {images.median_scale:.0%} in the median, {images.min_scale:.0%} at the least"
             )
         if images.enlarged:
-            parts.append(f"{images.enlarged:,} enlarged to {encoder.min_tokens} tokens (data.image.min_tokens)")
+            parts.append(f"{images.enlarged:,} enlarged to {self._limits(0)}")
         return "; ".join(parts if len(parts) > 1 else [*parts, "none reduced, none enlarged"]) + "."
+
+    def _limits(self, which: Literal[0, 1]) -> str:
+        """The fewest or most tokens of an image, as a setting and its value; a range where files have their own."""
+        name, encoder = ("min_tokens", "max_tokens")[which], self.source.encoder
+        values = sorted({encoder.limits(file.limits)[which] for file in self.source.samples.files})
+        if all(file.limits is None for file in self.source.samples.files):
+            return f"data.image.{name}={values[0]}"
+        return f"image.{name} of their file ({' to '.join(map(str, dict.fromkeys((values[0], values[-1]))))})"
+
+    def _about_thoughts(self) -> str:
+        if not self.thoughts:
+            return ""
+        done = "taken out" if self.source.samples.reasoning == "drop" else "learned with their answers"
+        return f"{counted(self.thoughts, 'thought')} (<think>) {done}, as data.reasoning={self.source.samples.reasoning} says."
 
     def _about_shrunk(self) -> str:
         if not self.shrunk:
@@ -231,6 +247,7 @@ def join_chunks(source: SampleSource, chunks: list[Chunk]) -> Scan:
         shrunk=tuple(caps),
         images=_count_images(whole["image_keys"], whole["image_scales"], whole["image_changes"]),
         unlearned_answers=sum(chunk.unlearned_answers for chunk in chunks),
+        thoughts=sum(chunk.thoughts for chunk in chunks),
     )
 
 
@@ -329,4 +346,5 @@ def _part(scan: Scan, chosen: np.ndarray) -> Scan:
         shrunk=tuple(row for row in scan.shrunk if row in held),
         images=ImageCounts(0, 0, None, None, 0),
         unlearned_answers=0,
+        thoughts=0,
     )

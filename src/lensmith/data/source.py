@@ -6,27 +6,31 @@ open_source(config.data, ...)    the same with an encoder, for scanning and trai
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from lensmith.config.tree import Data, Source
-from lensmith.data.images import check_whole, header_px, size_image
+from lensmith.data.headers import Header, read_header
+from lensmith.data.images import check_policy, open_image, size_image
+from lensmith.data.refs import RefReader
 from lensmith.data.rows import Rows, open_rows
 from lensmith.data.samples import Layout, guess_layout, to_sample
 from lensmith.errors import ConfigError, RowError
-from lensmith.types import Encoded, ImageRef, Sample
+from lensmith.types import Encoded, ImageRef, Sample, TokenLimits
 
 if TYPE_CHECKING:
     from lensmith.data.encode import Encoder
 
 Which = Literal["train", "test"]
 
-KNOWN_SIZES = 65_536
-"""Image sizes remembered per process, about 150 bytes each; the oldest are forgotten first."""
+KNOWN_HEADERS = 16_384
+"""Picture headers remembered per process, about 400 bytes each; the oldest are forgotten first. Rows about one picture
+stand close together, so more would not help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +39,23 @@ class DataFile:
 
     rows: Rows
     layout: Layout
-    image_root: Path
+    refs: RefReader
     weight: float
+    limits: TokenLimits | None
+    """Of its pictures, where they are not those of data.image."""
 
 
 class Samples(Sequence[Sample]):
     """A lazy list of samples over one or more files; reading one may raise RowError, for that row alone."""
 
-    def __init__(self, files: Sequence[DataFile], *, allow_urls: bool) -> None:
-        self.files, self._allow_urls = tuple(files), allow_urls
+    def __init__(self, files: Sequence[DataFile], *, reasoning: Literal["keep", "drop"]) -> None:
+        self.files, self.reasoning = tuple(files), reasoning
         self._stops = np.cumsum([len(file.rows) for file in files])
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What was guessed about each file, to print."""
-        return tuple(file.layout.sentence for file in self.files)
+        """What was fetched, and what was guessed about each file, to print."""
+        return tuple(itertools.chain.from_iterable((*file.rows.sentences, file.layout.sentence) for file in self.files))
 
     @property
     def spans(self) -> list[tuple[range, float]]:
@@ -79,7 +85,7 @@ class Samples(Sequence[Sample]):
         number = int(np.searchsorted(self._stops, index, side="right"))
         file = self.files[number]
         row = file.rows[index - int(self._stops[number]) + len(file.rows)]
-        return to_sample(row, file.layout, image_root=file.image_root, allow_urls=self._allow_urls, faults=faults)
+        return to_sample(row, file.layout, file.refs, reasoning=self.reasoning, limits=file.limits, faults=faults)
 
 
 class SampleSource:
@@ -88,10 +94,10 @@ class SampleSource:
     def __init__(self, samples: Samples, encoder: Encoder, caps: Mapping[int, int] | None = None) -> None:
         """`caps`: row number -> tokens that each image of that row may cost, where that is less than for other rows."""
         self.samples, self.encoder, self.caps = samples, encoder, dict(caps or {})
-        self._sizes: dict[str, tuple[int, int]] = {}
+        self._headers: dict[str, Header] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sizes": {}}
+        return {**self.__dict__, "_headers": {}}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -124,14 +130,15 @@ class SampleSource:
     def encode(self, sample: Sample, *, max_tokens: int | None = None, check: bool = False) -> Encoded:
         """Ids, labels and image sizes of a sample; with `check`, pictures that were cut off are refused too."""
         encoder = self.encoder
+        least, most = encoder.limits(sample.limits)
         try:
             sizes = [
                 size_image(
                     ref,
                     encoder.geometry,
-                    min_tokens=encoder.min_tokens,
-                    max_tokens=max_tokens or encoder.max_tokens,
-                    original_px=self._original_px(ref, check),
+                    min_tokens=least,
+                    max_tokens=max_tokens or most,
+                    original_px=self.header(ref, check=check).upright_px,
                 )
                 for ref in sample.images
             ]
@@ -139,26 +146,40 @@ class SampleSource:
             raise fault.at(sample.where) from fault
         return encoder.encode(sample, sizes)
 
-    def _original_px(self, ref: ImageRef, check: bool) -> tuple[int, int]:
-        known = self._sizes.get(ref.key)
-        if known is None:
-            known = header_px(ref)
-            if check:
-                check_whole(ref)
-            if len(self._sizes) >= KNOWN_SIZES:
-                del self._sizes[next(iter(self._sizes))]
-            self._sizes[ref.key] = known
-        return known
+    def header(self, ref: ImageRef, *, check: bool = False) -> Header:
+        """What the picture's file says of itself; read once for rows that follow one another.
+
+        Args:
+            check: also refuses a picture that was cut off; one that does not end with its end mark is decoded to be sure.
+
+        Raises:
+            RowError: the picture cannot be used.
+        """
+        header = self._headers.get(ref.key)
+        if header is not None and (header.is_whole or not check):
+            return header
+        header = header or read_header(ref)
+        if check and not header.is_whole:
+            open_image(ref)
+            header = replace(header, is_whole=True)
+        if len(self._headers) >= KNOWN_HEADERS:
+            del self._headers[next(iter(self._headers))]
+        self._headers[ref.key] = header
+        return header
 
 
 def open_source(data: Data, encoder: Encoder, *, which: Which) -> SampleSource:
     """The files of data.train or data.test, with an encoder.
 
     Raises:
-        ConfigError: the config names no such file.
+        ConfigError: the config names no such file, or token limits that contradict.
         DataError: a file is missing or empty, or no column of it looks like the answer.
     """
-    return SampleSource(read_samples(data, which=which), encoder)
+    samples = read_samples(data, which=which)
+    for number, file in enumerate(samples.files):
+        if file.limits is not None:
+            check_policy(*encoder.limits(file.limits), setting=f"data.{which}[{number}].image")
+    return SampleSource(samples, encoder)
 
 
 def read_samples(data: Data | str | Path, *, which: Which = "train") -> Samples:
@@ -178,9 +199,10 @@ def read_samples(data: Data | str | Path, *, which: Which = "train") -> Samples:
     for source in _sources(data, which):
         rows = open_rows(source.path)
         layout = guess_layout(rows, data.columns)
-        root = rows.root if data.image_root is None else data.image_root.expanduser()
-        files.append(DataFile(rows, layout, root, source.weight))
-    return Samples(files, allow_urls=data.allow_urls)
+        refs = RefReader(data.image_root or rows.root, allow_urls=data.allow_urls, allow_outside=data.allow_outside)
+        own = source.image and TokenLimits(source.image.min_tokens, source.image.max_tokens)
+        files.append(DataFile(rows, layout, refs, source.weight, own))
+    return Samples(files, reasoning=data.reasoning)
 
 
 def _sources(data: Data, which: Which) -> list[Source]:
