@@ -22,10 +22,10 @@ from lensmith.data.documents import draw_page, page_px
 from lensmith.data.heif import open_picture
 from lensmith.data.places import open_ref
 from lensmith.errors import ConfigError, RowError
-from lensmith.types import ImageRef, ImageSize, VisionGeometry
+from lensmith.types import ImageRef, ImageSize, Moment, VisionGeometry
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, UInt8
     from torch import Tensor
 
 MAX_ASPECT = 200
@@ -204,20 +204,35 @@ def read_patches(size: ImageSize, geometry: VisionGeometry) -> Float[Tensor, "pa
     """
     import torch
 
-    height, width = size.seen_px
-    picture = torch.from_numpy(np.array(open_image(size.ref))).permute(2, 0, 1)[None]
-    if picture.shape[2:] != (height, width):
-        picture = torch.nn.functional.interpolate(
-            picture.contiguous(), (height, width), mode="bicubic", align_corners=False, antialias=True
-        )
+    if isinstance(size.ref, Moment):
+        from lensmith.data.frames import read_moment  # which resizes frames as pictures are here
+
+        frames = read_moment(size.ref, size.seen_px)
+    else:
+        frames = resize_pictures(np.array(open_image(size.ref))[None], size.seen_px)
     patch, merge = geometry.patch_px, geometry.merge
-    rows, columns = height // geometry.token_px, width // geometry.token_px
-    # [channel, token row, row in token, y, token column, column in token, x] -> tokens, their patches, channel, y, x
-    picture = picture.reshape(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-    values = picture.reshape(-1, 3, 1, patch, patch).to(torch.float32)
+    rows, columns = size.seen_px[0] // geometry.token_px, size.seen_px[1] // geometry.token_px
+    # [frame, channel, token row, row in token, y, token column, column in token, x]
+    # -> tokens, their patches, channel, frame, y, x
+    frames = frames.reshape(-1, 3, rows, merge, patch, columns, merge, patch).permute(2, 5, 3, 6, 1, 0, 4, 7)
+    values = frames.reshape(rows * columns * merge**2, 3, -1, patch, patch).to(torch.float32)
     mean, std = _byte_scale(geometry.mean), _byte_scale(geometry.std)
     values.sub_(mean).div_(std)
     return values.expand(-1, -1, geometry.frames, -1, -1).reshape(-1, geometry.patch_values)
+
+
+def resize_pictures(
+    pictures: UInt8[np.ndarray, "pictures rows columns 3"], seen_px: tuple[int, int]
+) -> UInt8[Tensor, "pictures 3 height width"]:
+    """Pictures of one size at another one, as the processors of transformers resize them."""
+    import torch
+
+    stacked = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+    if stacked.shape[2:] == seen_px:
+        return stacked
+    return torch.nn.functional.interpolate(
+        stacked.contiguous(), seen_px, mode="bicubic", align_corners=False, antialias=True
+    )
 
 
 @functools.lru_cache(maxsize=8)
