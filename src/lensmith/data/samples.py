@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, cast
 
 from lensmith.data.layout import Layout, guess_layout
 from lensmith.data.refs import Pictures, RefReader
-from lensmith.data.thoughts import count_thoughts, drop_thoughts
+from lensmith.data.thoughts import count_thoughts, drop_thoughts, holds_thought
 from lensmith.errors import RowError
 from lensmith.types import ImageMark, ImageRef, Message, Part, Role, Row, Sample, Text, TokenLimits
 
@@ -66,8 +66,8 @@ def to_sample(
     """
     draft = _Draft(row, layout, refs, faults)
     turns: list[Turn] = [(role, draft.parts(content)) for role, content in _turns(row, layout)]
-    thoughts = sum(count_thoughts(answer.text) for answer in _answers(turns))
-    if thoughts and reasoning == "drop":
+    thoughts = _count_thoughts(turns)
+    if reasoning == "drop":
         _collect(faults, _drop_thoughts, row, turns)
     _collect(faults, draft.place, turns)
     _collect(faults, _check_turns, row, turns)
@@ -186,15 +186,21 @@ class _Draft:
             first[:0] = [ref for entry in self.listed for ref in entry]
 
 
-def _answers(turns: Sequence[Turn]) -> list[Text]:
-    return [part for role, parts in turns if role == "assistant" for part in parts if isinstance(part, Text)]
+def _answers(turns: Sequence[Turn]) -> list[list[Draft]]:
+    return [parts for role, parts in turns if role == "assistant"]
 
 
-def _drop_thoughts(row: Row, turns: list[Turn]) -> None:
-    for role, parts in turns:
-        if role == "assistant":
-            said = [Text(drop_thoughts(part.text, row.where)) if isinstance(part, Text) else part for part in parts]
-            parts[:] = [part for part in said if not isinstance(part, Text) or part.text]
+def _count_thoughts(turns: Sequence[Turn]) -> int:
+    return sum(count_thoughts(part.text) for parts in _answers(turns) for part in parts if isinstance(part, Text))
+
+
+def _drop_thoughts(row: Row, turns: Sequence[Turn]) -> None:
+    for parts in _answers(turns):
+        texts = [part.text for part in parts if isinstance(part, Text)]
+        if any(map(holds_thought, texts)):
+            said = iter(drop_thoughts(texts, row.where))
+            left = [Text(next(said)) if isinstance(part, Text) else part for part in parts]
+            parts[:] = [part for part in left if not isinstance(part, Text) or part.text]
 
 
 def _split_marks(part: Draft) -> list[Draft]:
