@@ -84,22 +84,24 @@ def read_header(ref: ImageRef) -> Header:
         try:
             with open_ref(ref) as file:
                 view = View(file)
-                facts = _within_limit(parse_header(view))
+                facts = _parse(view)
         except FileNotFoundError:
             raise
         except OSError as cause:
             raise _unreadable(ref, cause) from cause
-        except Unclear:
-            facts = _ask_pillow(ref)
+    facts = facts or _ask_pillow(ref)
     mark = next((end for start, end in END_MARKS.items() if view.head.startswith(start)), b"")
     return Header(*facts, view.tail.endswith(mark), view.num_bytes)
 
 
-def _within_limit(facts: Facts) -> Facts:
-    # Pillow warns of more pixels, and refuses twice as many: it has the words for both.
-    if not 0 < facts.height * facts.width <= (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise Unclear
-    return facts
+def _parse(view: View) -> Facts | None:
+    """What our own parsers answer; None leaves the question to Pillow."""
+    try:
+        facts = parse_header(view)
+    except Unclear:
+        return None
+    # Pillow warns of more pixels and refuses twice as many: it has the words for both.
+    return facts if 0 < facts.height * facts.width <= (Image.MAX_IMAGE_PIXELS or math.inf) else None
 
 
 def _ask_pillow(ref: ImageRef) -> Facts:
@@ -109,7 +111,7 @@ def _ask_pillow(ref: ImageRef) -> Facts:
         except PILLOW_FAULTS:
             is_animated = False  # broken behind the first frame, which is the one that is seen
         width, height = image.size
-        raw_mode = str(image.tile[0][3]) if image.tile else ""
+        raw_mode = str(getattr(image, "tile", ()))
         return Facts(
             image.format or "",
             image.mode,
@@ -151,7 +153,7 @@ def orientation_of(image: Image.Image) -> int:
         found = exif.get(ORIENTATION_TAG)
     except PILLOW_FAULTS:
         return 1  # broken EXIF data: viewers ignore it too, and show the picture as it is stored
-    return found if found in TURNED else 1
+    return found if found is not None and found in TURNED else 1
 
 
 def bomb(ref: ImageRef, cause: Exception) -> RowError:

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 HEAD_BYTES = 4096
@@ -26,6 +26,7 @@ SIDEWAYS = range(5, 9)
 """Those that swap height and width."""
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 """Where Pillow looks if EXIF data says nothing."""
+XMP_LABEL = b"http://ns.adobe.com/xap/1.0/"
 
 
 class Facts(NamedTuple):
@@ -86,43 +87,49 @@ SOF = (0xC0, 0xC1, 0xC2)
 """Start of a frame: baseline, extended or progressive, all three Huffman coded. Other kinds are hardly ever seen."""
 DHT, SOS, DQT, DRI, COM = 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
 APP0, APP1, APP2, APP15 = 0xE0, 0xE1, 0xE2, 0xEF
+SEGMENTS = (*SOF, DHT, DQT, DRI, COM)
 JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 TABLE_BYTES = 65
 """Of a quantisation table of 8 bits: its number and 64 values."""
 
 
 def _parse_jpeg(view: View) -> Facts:
-    """Segment after segment up to the first scan: ITU-T T.81, annex B."""
-    place, frame, exif, xmp = 2, b"", None, None
+    """Size and colours from the frame header, orientation from EXIF or XMP data: ITU-T T.81, annex B."""
+    frame, notes = b"", {}
+    for kind, start, length in _segments(view):
+        if kind in SOF:
+            frame = view.at(start, length)
+        elif kind == DQT:
+            _check_tables(view.at(start, length))
+        elif kind == APP1:
+            label, _, note = view.at(start, length).partition(b"\0")
+            if label in notes:
+                raise Unclear
+            notes[label] = note
+    if len(frame) < 6:
+        raise Unclear
+    bits, height, width, channels = struct.unpack_from(">BHHB", frame)
+    if bits != 8 or channels not in JPEG_MODES or len(frame) != 6 + 3 * channels:
+        raise Unclear
+    orientation = _orientation(notes.get(b"Exif", b"")[1:], notes.get(XMP_LABEL, b"")) if notes else 1
+    return Facts("JPEG", JPEG_MODES[channels], height, width, orientation)
+
+
+def _segments(view: View) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and length of what each segment holds, up to the first scan."""
+    place = 2
     while True:
         always, kind, length = struct.unpack(">BBH", view.at(place, 4))
         if always != 0xFF or length < 2:
             raise Unclear
         if kind == SOS:
-            break
-        if kind in SOF and not frame:
-            frame = view.at(place + 4, length - 2)
-        elif kind == APP1:
-            content = view.at(place + 4, length - 2)
-            if content.startswith(b"Exif\0\0") and exif is None:
-                exif = content[6:]
-            elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0") and xmp is None:
-                xmp = content
-            elif content.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")):
-                raise Unclear
-        elif kind == DQT:
-            _check_tables(view.at(place + 4, length - 2))
-        elif kind == APP2 and length >= 6 and view.at(place + 4, 4) == b"MPF\0":
-            raise Unclear  # several pictures
-        elif not (kind in (DHT, DRI, COM) or APP0 <= kind <= APP15):
+            return
+        if not (kind in SEGMENTS or APP0 <= kind <= APP15):
             raise Unclear
+        if kind == APP2 and length >= 6 and view.at(place + 4, 4) == b"MPF\0":
+            raise Unclear  # several pictures in one file
+        yield kind, place + 4, length - 2
         place += 2 + length
-    if len(frame) < 6:
-        raise Unclear
-    bits, height, width, channels = struct.unpack(">BHHB", frame[:6])
-    if bits != 8 or channels not in JPEG_MODES or len(frame) != 6 + 3 * channels:
-        raise Unclear
-    return Facts("JPEG", JPEG_MODES[channels], height, width, _orientation(exif, xmp))
 
 
 def _check_tables(tables: bytes) -> None:
@@ -130,12 +137,12 @@ def _check_tables(tables: bytes) -> None:
         raise Unclear
 
 
-def _orientation(exif: bytes | None, xmp: bytes | None) -> int:
+def _orientation(exif: bytes, xmp: bytes = b"") -> int:
     """1 to 8, from EXIF data (a TIFF file in small) or, where that says nothing, from XMP."""
     found = _exif_orientation(exif) if exif else None
-    if found is None and xmp is not None and (match := XMP_ORIENTATION.search(xmp)):
+    if found is None and (match := XMP_ORIENTATION.search(xmp)):
         found = int(match[1])
-    return found if found in TURNED else 1
+    return found if found is not None and found in TURNED else 1
 
 
 def _exif_orientation(exif: bytes) -> int | None:
@@ -184,7 +191,7 @@ def _parse_png(view: View) -> Facts:
     mode = PNG_MODES.get((bits, colours))
     if mode is None or filters:
         raise Unclear
-    is_clear, exif = mode in ("LA", "RGBA"), None
+    is_clear, exif = mode in ("LA", "RGBA"), b""
     while (kind := view.at(place + 4, 4)) != b"IDAT":
         if kind in UNCLEAR_CHUNKS or not (kind.isalnum() and kind.isascii()):
             raise Unclear
@@ -197,7 +204,7 @@ def _parse_png(view: View) -> Facts:
             exif = content
         elif kind == b"tEXt" and content.partition(b"\0")[0] not in PLAIN_KEYWORDS:
             raise Unclear
-    return Facts("PNG", mode, height, width, _orientation(exif, None), is_deep=bits > 8, is_clear=is_clear)
+    return Facts("PNG", mode, height, width, _orientation(exif), is_deep=bits > 8, is_clear=is_clear)
 
 
 def _chunk(view: View, start: int, kind: bytes) -> tuple[int, bytes]:

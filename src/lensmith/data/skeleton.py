@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lensmith.data.words import WordTokenizer
 from lensmith.errors import ModelError, RowCode, RowError
 from lensmith.types import ImageMark, Message, Text
 
@@ -75,10 +76,6 @@ class Skeleton:
         return False
 
 
-KNOWN_TEXTS, SHORT_TEXT = 128, 100
-"""So many texts of at most so many characters are tokenised once: templated questions and one-word answers recur."""
-
-
 class Templater:
     """One checkpoint's template and tokenizer."""
 
@@ -91,11 +88,8 @@ class Templater:
                 f"the tokenizer {type(tokenizer).__name__} has no fast form; save it with a tokenizer.json"
             )
         self._tokenizer, self._template = tokenizer, chat_template
-        # A copy, because the caller's must go on turning "<|im_end|>" into its id.
-        self._plain = Tokenizer.from_str(backend.to_str())
-        self._plain.no_truncation()
-        self._plain.no_padding()
-        self._plain.encode_special_tokens = True
+        self.tokenise = WordTokenizer(backend)
+        """Ids of a text, special tokens in it as plain characters."""
         self._special = {
             token.content: number for number, token in backend.get_added_tokens_decoder().items() if token.special
         }
@@ -106,27 +100,12 @@ class Templater:
                 f"the tokenizer has no special token {missing[0]!r}, which Qwen3-VL's format needs; "
                 "use the tokenizer that came with the checkpoint"
             )
-        self._known: dict[str, list[int]] = {}
         self._image, self._end = image, end
         self.image_token_id, self.end_token_id = self._special[image], self._special[end]
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_re = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         tags = sorted({tag for tag in TAG.findall(chat_template) if tag not in self._special})
         self._tags = re.compile("|".join(map(re.escape, tags))) if tags else None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # tokenizers does not save this switch; without it, special tokens in texts would work again in data workers.
-        self._plain.encode_special_tokens = True
-
-    def tokenise(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it as plain characters. Not to be changed: short texts are remembered."""
-        ids = self._known.get(text)
-        if ids is None:
-            ids = self._plain.encode(text, add_special_tokens=False).ids
-            if len(self._known) < KNOWN_TEXTS and len(text) <= SHORT_TEXT:
-                self._known[text] = ids
-        return ids
 
     def skeleton(self, messages: Sequence[Message], *, prompt_only: bool) -> Skeleton:
         """What the template writes around texts in messages of this shape; their words do not matter."""

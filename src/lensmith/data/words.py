@@ -1,0 +1,82 @@
+"""Plain text to token ids, a word at a time, so that a word is cut into tokens once and not in every row.
+
+Byte-level tokenizers split a text by a pattern and cut each piece on its own, so a text's ids are its pieces' ids. The
+pattern speaks of letters and digits of all scripts, on which no two libraries quite agree; within ASCII there is nothing to
+disagree about. So ASCII texts are split here, by Qwen's pattern restricted to ASCII, and their words looked up; any other
+text, and any tokenizer with another pattern, goes to the tokenizer whole (tests/reference/test_words.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""As in the tokenizer.json of Qwen2 and of everything since."""
+ASCII_SPLIT = re.compile(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]| ?[^\sa-zA-Z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    re.ASCII,
+)
+"""The same for texts within ASCII."""
+
+KNOWN_WORDS, LONGEST_WORD = 32_768, 64
+"""So many words of at most so many characters are remembered, about 200 bytes each; a text that is not split counts as a
+word, so that templated questions of any script are remembered too."""
+
+
+class WordTokenizer:
+    """A checkpoint's tokenizer for plain text, in which special tokens are nothing but characters; picklable."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        # A copy, because the caller's must go on turning "<|im_end|>" into its id.
+        self._whole = type(backend).from_str(backend.to_str())
+        self._whole.no_truncation()
+        self._whole.no_padding()
+        self._whole.encode_special_tokens = True
+        self._splits = _splits_like_qwen(json.loads(backend.to_str()))
+        # Added tokens that are not special, such as <think>, keep their meaning in a text and are not split.
+        added = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
+        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+        self._known: dict[str, list[int]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # tokenizers does not save this switch; without it, special tokens in texts would work again in data workers.
+        self._whole.encode_special_tokens = True
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of a text."""
+        is_plain = self._splits and text.isascii() and not self._added.search(text)
+        ids: list[int] = []
+        for word in ASCII_SPLIT.findall(text) if is_plain else (text,):
+            known = self._known.get(word)
+            ids += self._learn(word) if known is None else known
+        return ids
+
+    def _learn(self, word: str) -> list[int]:
+        ids = self._whole.encode(word, add_special_tokens=False).ids
+        if len(word) <= LONGEST_WORD and len(self._known) < KNOWN_WORDS:
+            self._known[word] = ids
+        return ids
+
+
+def _splits_like_qwen(tokenizer: dict[str, Any]) -> bool:
+    """Whether the tokenizer of this tokenizer.json cuts each piece of QWEN_SPLIT on its own, the same way every time."""
+    steps = (tokenizer["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
+        return False
+    split, level = steps
+    return (
+        split["pattern"] == {"Regex": QWEN_SPLIT}
+        and (split["behavior"], split["invert"]) == ("Isolated", False)
+        and not (level["add_prefix_space"] or level["use_regex"])
+        and tokenizer["normalizer"] in (None, {"type": "NFC"})  # which changes nothing within ASCII
+        and tokenizer["model"]["type"] == "BPE"
+        and not tokenizer["model"].get("dropout")
+    )
