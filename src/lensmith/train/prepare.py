@@ -19,7 +19,7 @@ from torch import nn
 from lensmith.config.tree import RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.data.loader import StepDataset, StepPlan, plan_steps
-from lensmith.data.scan import Scan, hold_out, scan_source
+from lensmith.data.scan import PACK_TOKENS, Scan, hold_out, scan_source
 from lensmith.data.source import open_source
 from lensmith.model.adapters import check_tune, prepare_trainable
 from lensmith.model.components import census_table, take_census
@@ -29,9 +29,6 @@ from lensmith.rundir import RunDir, checkpoint_step
 from lensmith.train.ranks import rank, refuse_data_parallel, world_size
 from lensmith.train.selfcheck import check_packs
 from lensmith.types import counted
-
-PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
-"""Tokens per pack where the config leaves it open. On a GPU large matrix products; on a CPU what stays near its cache."""
 
 Say = Callable[[Any], None]
 
