@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 State = Literal["frozen", "adapted", "trained"]
+BoxConvention = Literal["xyxy_1000", "xyxy_px", "xywh_px", "cxcywh_unit", "xyxy_unit", "resized_px"]
+SidePx = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -56,11 +58,11 @@ class Video(Section):
 class Boxes(Section):
     """How boxes and points are written in the data, so that they can be converted to what the model speaks."""
 
-    convention: Literal["xyxy_1000", "xyxy_px", "xywh_px", "cxcywh_unit", "xyxy_unit", "resized_px"] = "xyxy_1000"
+    convention: BoxConvention = "xyxy_1000"
     """Corners from 0 to 1000 (Qwen3-VL); corners in pixels; COCO's x, y, width, height in pixels; YOLO's centre and size
     from 0 to 1; corners from 0 to 1; corners in pixels of the resized picture (Qwen2.5-VL)."""
-    size_px: tuple[int, int] | None = None
-    """Height and width that pixel values refer to. Null: those of the picture itself, upright."""
+    size_px: tuple[SidePx, SidePx] | None = None
+    """Height and width that pixel values refer to. Null: those of the picture itself, upright; for resized_px, as seen."""
     target: Literal["xyxy_1000", "resized_px"] = "xyxy_1000"
     """What answers are converted to: 0 to 1000 for Qwen3-VL, pixels of the resized picture for Qwen2.5-VL."""
 
