@@ -1,0 +1,49 @@
+"""What arithmetic cannot know, in one place: how far formulas are from measurements, fitted by tools/fit_plan.py.
+
+Shares are 1 where the formula is taken as it stands. The values, when and on what they were fitted, and the errors on
+the half of the grid that the fit has not seen are in coefficients.json beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """Multipliers and constants of memory and time."""
+
+    # Memory
+    kept_activations: float = 1.0
+    """Of what recorded layers keep, and of the inputs of recomputed ones."""
+    live_layer: float = 1.0
+    """Of the layer whose backward pass runs."""
+    tower: float = 1.0
+    """Of the image tower's activations."""
+    head: float = 1.0
+    """Of what reading the head takes."""
+    fragmentation_gib: float = 0.25
+    """Reserved beyond what is in use, in any run: library workspaces and gaps."""
+    fragmentation_share: float = 0.01
+    """The same, per GiB of activations."""
+    # Time
+    matmul: float = 0.55
+    """Share of the card's bf16 rate that the decoder's products reach."""
+    tower_matmul: float = 0.35
+    """The same for the tower, whose products are narrower."""
+    bandwidth: float = 0.7
+    """Share of the card's memory bandwidth."""
+    pcie: float = 0.75
+    """Share of the bus."""
+    layer_launch_ms: float = 0.35
+    """The least time of one layer in one direction: some forty kernels have to be given to the GPU."""
+
+
+@cache
+def load_coefficients() -> Coefficients:
+    """The fitted values that ship."""
+    text = resources.files("lensmith.plan").joinpath("coefficients.json").read_text(encoding="utf-8")
+    return Coefficients(**json.loads(text)["values"])

@@ -1,0 +1,207 @@
+"""What one pass works on: tokens, pictures, learned rows. From flags, from settings alone, or pack by pack from a scan.
+
+`Work` is all that memory and time know of the data. The same numbers stand in the records that coefficients are fitted
+from (benchmarks/results/memory-grid.json).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lensmith.config.tree import RunConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lensmith.data.scan import Scan
+
+PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
+"""Tokens per pack where the config leaves it open. On a GPU large matrix products; on a CPU what stays near its cache."""
+IMAGE_SHARE = 0.6
+"""Of a pack's tokens where there is no data to look at: one picture and a short question and answer to it."""
+LEARNED_SHARE = 0.5
+"""Of a sample's text, where there is no data to look at."""
+PROMPT_TEXT_TOKENS = 100
+"""Question and chat template in front of a completion, besides its pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One pack, and how many such packs an optimizer step takes."""
+
+    tokens: int
+    learned: int
+    """Rows that the head is read for."""
+    samples: int = 1
+    images: int = 0
+    image_tokens: int = 0
+    """Of all images together; each stands once, however many branches look at it."""
+    key_tokens: int | None = None
+    """Keys that all attention runs read together, where a shared prefix makes these more than `tokens`; None: as many."""
+    packs_per_step: float = 1.0
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Keys that are copied to stand behind one another; none where nothing is shared."""
+        return self.key_tokens or 0
+
+    @property
+    def pairs(self) -> float:
+        """Query-key pairs of causal attention: `samples` equal branches behind one prefix, which may be empty."""
+        prefix = max(0.0, (self.key_tokens or self.tokens) - self.tokens) / self.samples
+        branch = (self.tokens - prefix) / self.samples
+        return prefix**2 / 2 + self.samples * branch * (prefix + branch / 2)
+
+    def image_pairs(self, patches_per_token: int) -> float:
+        """Query-key pairs of the tower, with images of equal size."""
+        return (patches_per_token * self.image_tokens) ** 2 / self.images if self.images else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """How completions are made and scored in GRPO: one prompt's whole group at a time."""
+
+    group: int = 8
+    completion_tokens: int = 512
+    prompt_tokens: int = PROMPT_TEXT_TOKENS
+    """Pictures included."""
+    share_prefix: bool = True
+    engine: Literal["builtin", "vllm"] = "builtin"
+    """vllm: beside the training in the same process, with weights of its own."""
+    passes: int = 1
+    """Passes without gradients over each completion: under the old policy, and one more with a reference."""
+
+
+def work_of(
+    tokens: int, *, images: int = 0, image_tokens: int = 0, learned: int | None = None, effective_samples: int = 1
+) -> Work:
+    """A pack of `tokens` with `images` pictures of `image_tokens` each, one sample per picture."""
+    seen = images * image_tokens
+    samples = max(1, images)
+    return Work(
+        tokens=max(tokens, seen),
+        learned=round(LEARNED_SHARE * max(0, tokens - seen)) if learned is None else learned,
+        samples=samples,
+        images=images,
+        image_tokens=seen,
+        packs_per_step=max(1, math.ceil(effective_samples / samples)),
+    )
+
+
+def full_pack(config: RunConfig) -> Work:
+    """The pack that settings allow, where nothing is known of the data: full, most of it pictures of the largest size."""
+    tokens = config.pack.tokens or PACK_TOKENS["cuda"]
+    size = min(config.data.image.max_tokens, tokens)
+    images = max(1, round(IMAGE_SHARE * tokens / size))
+    return work_of(tokens, images=images, image_tokens=size, effective_samples=config.optim.effective_samples)
+
+
+def group_work(rollout: Rollout, *, images: int, image_tokens: int, budget_tokens: int, effective_samples: int) -> Work:
+    """The training pack of GRPO: as many completions of one prompt as the budget holds, at least one."""
+    prompt, completion = rollout.prompt_tokens, rollout.completion_tokens
+    if rollout.share_prefix:
+        branches = min(rollout.group, max(1, (budget_tokens - prompt) // completion))
+        tokens, copies = prompt + branches * completion, 1
+    else:
+        branches = min(rollout.group, max(1, budget_tokens // (prompt + completion)))
+        tokens, copies = branches * (prompt + completion), branches
+    shared = rollout.share_prefix and branches > 1
+    return Work(
+        tokens=tokens,
+        learned=branches * completion,
+        samples=branches,
+        images=images * copies,
+        image_tokens=images * image_tokens * copies,
+        key_tokens=prompt + branches * (prompt + completion) if shared else None,
+        packs_per_step=max(1, math.ceil(effective_samples / branches)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedPack:
+    """One pack of the run, with the samples (positions in the scan's arrays) in it."""
+
+    work: Work
+    members: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedWork:
+    """All packs of one epoch, as training will make them."""
+
+    packs: tuple[ScannedPack, ...]
+    steps: int
+    """Of the whole run."""
+    mean: Work
+    """What time is reckoned with: the mean pack."""
+
+
+def scanned_work(scan: Scan, config: RunConfig) -> ScannedWork:
+    """The packs of the first epoch, by the order and the packing that training uses; reads nothing."""
+    from lensmith.data.loader import plan_steps
+
+    share = config.pack.share_prefix and not config.tune.dropout
+    plan = plan_steps(
+        scan,
+        effective_samples=config.optim.effective_samples,
+        seed=config.seed,
+        epochs=config.optim.epochs,
+        steps=config.optim.steps,
+        share_prefix=share,
+    )
+    first = plan.steps[: plan.per_epoch]
+    packs = tuple(pack for samples in first for pack in _packs(scan, config, samples, share))
+    per_step = len(packs) / len(first)
+    mean = Work(
+        **{
+            name: round(sum(getattr(pack.work, name) for pack in packs) / len(packs))
+            for name in ("tokens", "learned", "samples", "images", "image_tokens")
+        },
+        packs_per_step=per_step,
+    )
+    return ScannedWork(packs, len(plan.steps), mean)
+
+
+def _packs(scan: Scan, config: RunConfig, samples: np.ndarray, share: bool) -> Iterator[ScannedPack]:
+    from lensmith.data.pack import plan_packs
+
+    if config.pack.together:
+        packed = plan_packs(
+            scan.tokens[samples],
+            scan.prefix_tokens[samples],
+            scan.groups[samples],
+            budget_tokens=config.pack.tokens or PACK_TOKENS["cuda"],
+            share_prefix=share,
+        )
+        members = [samples[pack] for pack in packed]
+    else:
+        members = list(samples[:, None])
+    for pack in members:
+        yield ScannedPack(_pack_work(scan, pack, share, packs_per_step=len(members)), pack)
+
+
+def _pack_work(scan: Scan, members: np.ndarray, share: bool, *, packs_per_step: int) -> Work:
+    """A pack's numbers; what a shared prefix holds counts once, and its keys are read by each branch."""
+    groups: dict[int, list[int]] = {}
+    for member in members.tolist():
+        groups.setdefault(int(scan.groups[member]), []).append(member)
+    tokens = keys = images = image_tokens = 0
+    for group in groups.values():
+        own, pictured = int(scan.tokens[group].sum()), scan.image_tokens[group]
+        prefix = int(scan.prefix_tokens[group[0]]) if share and len(group) > 1 else 0
+        tokens += own - prefix * (len(group) - 1)
+        keys += own + prefix
+        pictured = pictured[:1] if prefix else pictured
+        images, image_tokens = images + int((pictured > 0).sum()), image_tokens + int(pictured.sum())
+    return Work(
+        tokens=tokens,
+        learned=int(scan.learned[members].sum()),
+        samples=len(members),
+        images=images,
+        image_tokens=image_tokens,
+        key_tokens=keys if keys > tokens else None,
+        packs_per_step=packs_per_step,
+    )
