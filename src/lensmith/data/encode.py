@@ -16,18 +16,36 @@ template that rewrites texts (drops earlier reasoning, strips white space) is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lensmith.data.images import check_policy, read_geometry, size_image
-from lensmith.data.skeleton import Fixed, Run, Skeleton, Templater
+from lensmith.data.skeleton import Fixed, ImageSlot, Run, Skeleton, Templater
+from lensmith.data.video import VideoLimits, read_video_limits, size_video
 from lensmith.errors import ModelError, RowError
-from lensmith.types import IGNORE, Encoded, ImageMark, ImageSize, Message, Sample, Text, TokenLimits, VisionGeometry
+from lensmith.types import (
+    IGNORE,
+    Encoded,
+    ImageMark,
+    ImageSize,
+    Message,
+    Moment,
+    Part,
+    Sample,
+    Text,
+    TokenLimits,
+    VideoMark,
+    VisionGeometry,
+)
 
 if TYPE_CHECKING:
-    from lensmith.config.tree import Images
+    from lensmith.config.tree import Images, Video
+
+VideoSizes = tuple[ImageSize, ...]
+"""What the moments of one video cost."""
 
 MAX_SKELETONS = 4096
 """Shapes of conversation kept; past it the store is emptied, so that odd data cannot fill the memory."""
@@ -37,27 +55,36 @@ class Encoder:
     """Turns samples into ids and labels for one checkpoint; picklable, for data workers."""
 
     def __init__(
-        self, tokenizer: Any, chat_template: str, geometry: VisionGeometry, *, min_tokens: int, max_tokens: int
+        self,
+        tokenizer: Any,
+        chat_template: str,
+        geometry: VisionGeometry,
+        *,
+        min_tokens: int,
+        max_tokens: int,
+        video: VideoLimits | None = None,
     ) -> None:
-        """`tokenizer`: the checkpoint's fast tokenizer; `min_tokens`, `max_tokens`: what one image may cost.
+        """`tokenizer`: the checkpoint's fast tokenizer; `min_tokens`, `max_tokens`: what one image may cost; `video`: what one
+        video may, where there are any.
 
         Raises:
             ConfigError: min_tokens is over max_tokens.
             ModelError: the tokenizer has no fast form, or lacks the special tokens of Qwen3-VL.
         """
         check_policy(min_tokens, max_tokens)
-        self.geometry, self.min_tokens, self.max_tokens = geometry, min_tokens, max_tokens
+        self.geometry, self.min_tokens, self.max_tokens, self.video = geometry, min_tokens, max_tokens, video
         self.tokenizer = tokenizer
         self._templater = Templater(tokenizer, chat_template)
-        self.image_token_id = self._templater.image_token_id
+        self.image_token_id, self.video_token_id = self._templater.image_token_id, self._templater.video_token_id
         self.end_token_id = self._templater.end_token_id
         self._skeletons: dict[object, Skeleton] = {}
 
     @classmethod
-    def from_processor(cls, processor: Any, images: Images) -> Encoder:
-        """For a loaded Qwen3VLProcessor and the image section of a config.
+    def from_processor(cls, processor: Any, images: Images, videos: Video | None = None) -> Encoder:
+        """For a loaded Qwen3VLProcessor and the image and video sections of a config (None: the defaults of data.video).
 
         Raises:
+            ConfigError: limits that contradict each other.
             ModelError: the processor has no chat template.
         """
         template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
@@ -69,7 +96,14 @@ class Encoder:
             )
         geometry = read_geometry(processor)
         least = geometry.min_tokens if images.min_tokens is None else images.min_tokens
-        return cls(processor.tokenizer, template, geometry, min_tokens=least, max_tokens=images.max_tokens)
+        return cls(
+            processor.tokenizer,
+            template,
+            geometry,
+            min_tokens=least,
+            max_tokens=images.max_tokens,
+            video=read_video_limits(processor, videos),
+        )
 
     def limits(self, own: TokenLimits | None) -> tuple[int, int]:
         """Fewest and most tokens of an image, where its file may have limits of its own."""
@@ -80,18 +114,31 @@ class Encoder:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_skeletons": {}}
 
-    def encode(self, sample: Sample, image_sizes: Sequence[ImageSize] | None = None) -> Encoded:
-        """Ids and labels of all turns. `image_sizes`: those of `sample.images` where they are already known.
+    def encode(
+        self,
+        sample: Sample,
+        image_sizes: Sequence[ImageSize] | None = None,
+        video_sizes: Sequence[VideoSizes] | None = None,
+    ) -> Encoded:
+        """Ids and labels of all turns. The sizes are those of `sample.images` and `sample.videos` where they are known.
 
         Raises:
-            RowError: an image's header cannot be read, or the template does not take these turns.
+            RowError: an image's or video's header cannot be read, or the template does not take these turns.
         """
-        return self._fill(sample, sample.messages, image_sizes, prompt_only=False)
+        sizes = self._sizes(sample, sample.messages, image_sizes, video_sizes)
+        return self._fill(sample, sample.messages, sizes, prompt_only=False)
 
-    def encode_prompt(self, sample: Sample, image_sizes: Sequence[ImageSize] | None = None) -> Encoded:
+    def encode_prompt(
+        self,
+        sample: Sample,
+        image_sizes: Sequence[ImageSize] | None = None,
+        video_sizes: Sequence[VideoSizes] | None = None,
+    ) -> Encoded:
         """Ids that ask for the sample's last answer, that answer left out; nothing is learned."""
         last = sample.messages[-1].role == "assistant"
-        return self._fill(sample, sample.messages[:-1] if last else sample.messages, image_sizes, prompt_only=True)
+        messages = sample.messages[:-1] if last else sample.messages
+        sizes = self._sizes(sample, messages, image_sizes, video_sizes)
+        return self._fill(sample, messages, sizes, prompt_only=True)
 
     def unlearned_answers(self, sample: Sample) -> int:
         """Earlier answers that are context only, because the template shows them differently once they are past.
@@ -115,20 +162,14 @@ class Encoder:
         return skeleton
 
     def _fill(
-        self,
-        sample: Sample,
-        messages: Sequence[Message],
-        image_sizes: Sequence[ImageSize] | None,
-        *,
-        prompt_only: bool,
+        self, sample: Sample, messages: Sequence[Message], sizes: Sequence[VideoSizes], *, prompt_only: bool
     ) -> Encoded:
+        """`sizes`: of each image and video, in the order of their marks."""
         skeleton = self._skeleton(sample, messages, prompt_only=prompt_only)
-        marks = [part.index for message in messages for part in message.parts if isinstance(part, ImageMark)]
-        sizes = tuple(self._size(sample, mark) if image_sizes is None else image_sizes[mark] for mark in marks)
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
         ids: list[int] = []
         learned: list[slice] = []
-        pictures = iter(sizes)
+        marks = iter(sizes)
         prefix_tokens = 0
         for piece in skeleton.pieces:
             start = len(ids)
@@ -137,7 +178,10 @@ class Encoder:
             elif isinstance(piece, Run):
                 ids += self._templater.tokenise(piece.fill(texts))
             else:
-                ids += [self.image_token_id] * next(pictures).tokens
+                if isinstance(piece, ImageSlot):
+                    ids += [self.image_token_id] * next(marks)[0].tokens
+                else:
+                    ids += self._video_ids(next(marks))
                 ids += piece.closing
                 # A prefix with an answer inside could not be shared: its labels would be lost in the branches.
                 prefix_tokens = 0 if learned else len(ids)
@@ -147,12 +191,46 @@ class Encoder:
         labels = np.full_like(input_ids, IGNORE)
         for span in learned:
             labels[span] = input_ids[span]
-        return Encoded(sample.where, input_ids, labels, sizes, prefix_tokens)
+        return Encoded(sample.where, input_ids, labels, tuple(itertools.chain.from_iterable(sizes)), prefix_tokens)
+
+    def _video_ids(self, moments: VideoSizes) -> Iterator[int]:
+        """As Qwen3VLProcessor writes a video: each moment under its time, between marks of its own."""
+        templater = self._templater
+        for size in moments:
+            assert isinstance(size.ref, Moment)
+            yield from templater.tokenise(f"<{size.ref.time_s:.1f} seconds>")
+            yield templater.start_token_id
+            yield from itertools.repeat(templater.video_token_id, size.tokens)
+            yield templater.stop_token_id
+
+    def _sizes(
+        self,
+        sample: Sample,
+        messages: Sequence[Message],
+        image_sizes: Sequence[ImageSize] | None,
+        video_sizes: Sequence[VideoSizes] | None,
+    ) -> list[VideoSizes]:
+        """Of each image and video that the messages show, in order; an image is as a video of one moment."""
+        sizes: list[VideoSizes] = []
+        for part in (part for message in messages for part in message.parts):
+            if isinstance(part, ImageMark):
+                sizes.append((self._size(sample, part.index) if image_sizes is None else image_sizes[part.index],))
+            elif isinstance(part, VideoMark):
+                known = None if video_sizes is None else video_sizes[part.index]
+                sizes.append(self._size_video(sample, part.index) if known is None else known)
+        return sizes
 
     def _size(self, sample: Sample, mark: int) -> ImageSize:
         least, most = self.limits(sample.limits)
         try:
             return size_image(sample.images[mark], self.geometry, min_tokens=least, max_tokens=most)
+        except RowError as fault:
+            raise fault.at(sample.where) from fault
+
+    def _size_video(self, sample: Sample, mark: int) -> VideoSizes:
+        assert self.video is not None, "an encoder without limits for videos was given one"
+        try:
+            return size_video(sample.videos[mark], self.geometry, self.video)
         except RowError as fault:
             raise fault.at(sample.where) from fault
 
@@ -162,5 +240,7 @@ def encode_sample(sample: Sample, encoder: Encoder) -> Encoded:
     return encoder.encode(sample)
 
 
-def _kind(part: Text | ImageMark) -> str:
-    return "image" if isinstance(part, ImageMark) else "text" if part.text else "nothing"
+def _kind(part: Part) -> str:
+    if isinstance(part, Text):
+        return "text" if part.text else "nothing"
+    return "image" if isinstance(part, ImageMark) else "video"

@@ -14,9 +14,10 @@ from typing import Any
 
 from lensmith.data.words import WordTokenizer
 from lensmith.errors import ModelError, RowCode, RowError
-from lensmith.types import ImageMark, Message, Text
+from lensmith.types import ImageMark, Message, Text, VideoMark
 
-IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 """As in transformers' Qwen3VLProcessor, for tokenizers that do not name their own."""
 
 HOLE = re.compile("\ue000([0-9]+)\ue001")
@@ -54,8 +55,19 @@ class ImageSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoSlot:
+    """The moments of the next video, each under its time, and the end mark of the whole."""
+
+    closing: tuple[int, ...]
+    learned: bool = False
+
+
+Piece = Fixed | Run | ImageSlot | VideoSlot
+
+
+@dataclass(frozen=True, slots=True)
 class Skeleton:
-    pieces: tuple[Fixed | Run | ImageSlot, ...]
+    pieces: tuple[Piece, ...]
     strips: bool = False
     """Whether the template takes white space off the ends of texts."""
     tags: re.Pattern[str] | None = None
@@ -94,14 +106,18 @@ class Templater:
             token.content: number for number, token in backend.get_added_tokens_decoder().items() if token.special
         }
         image, end = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN, tokenizer.eos_token
-        missing = [token for token in (image, VISION_START, VISION_END, end) if token not in self._special]
+        video = getattr(tokenizer, "video_token", None) or VIDEO_TOKEN
+        missing = [token for token in (image, video, VISION_START, VISION_END, end) if token not in self._special]
         if missing:
             raise ModelError(
                 f"the tokenizer has no special token {missing[0]!r}, which Qwen3-VL's format needs; "
                 "use the tokenizer that came with the checkpoint"
             )
-        self._image, self._end = image, end
-        self.image_token_id, self.end_token_id = self._special[image], self._special[end]
+        self._end = end
+        self._slots: dict[str, type[ImageSlot] | type[VideoSlot]] = {image: ImageSlot, video: VideoSlot}
+        self.image_token_id, self.video_token_id = self._special[image], self._special[video]
+        self.start_token_id, self.stop_token_id = self._special[VISION_START], self._special[VISION_END]
+        self.end_token_id = self._special[end]
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_re = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         tags = sorted({tag for tag in TAG.findall(chat_template) if tag not in self._special})
@@ -140,22 +156,23 @@ class Templater:
         prompt_only: bool,
         show: Callable[[int, str], str],
         breaker: str | None = None,
-    ) -> tuple[tuple[Fixed | Run | ImageSlot, ...], int]:
+    ) -> tuple[tuple[Piece, ...], int]:
         """Pieces of the rendered text, and how many answers could not be told apart from their context."""
         turns = self._turns(messages, show)
         rendered = self._render(turns, prompt_only)
         answers, unlearned = ([], 0) if prompt_only else self._answers(turns, rendered)
-        pieces: list[Fixed | Run | ImageSlot] = []
+        pieces: list[Piece] = []
         stop = 0
         for start, end in answers:
             pieces += self._pieces(rendered[stop:start], breaker, learned=False)
             pieces += self._pieces(rendered[start:end], breaker, learned=True)
             stop = end
         pieces += self._pieces(rendered[stop:], breaker, learned=False)
-        num_marks = sum(isinstance(part, ImageMark) for message in messages for part in message.parts)
-        num_slots = sum(isinstance(piece, ImageSlot) for piece in pieces)
-        if num_slots != num_marks:
-            raise self._fault(f"it shows {num_slots} images where the row has {num_marks}", "marks_mismatch")
+        for kind, mark, slot in (("images", ImageMark, ImageSlot), ("videos", VideoMark, VideoSlot)):
+            num_marks = sum(isinstance(part, mark) for message in messages for part in message.parts)
+            num_slots = sum(isinstance(piece, slot) for piece in pieces)
+            if num_slots != num_marks:
+                raise self._fault(f"it shows {num_slots} {kind} where the row has {num_marks}", "marks_mismatch")
         return tuple(_merged(pieces)), unlearned
 
     def _answers(self, turns: list[dict[str, Any]], rendered: str) -> tuple[list[tuple[int, int]], int]:
@@ -176,7 +193,7 @@ class Templater:
                 raise self._fault("the prompt that it renders for the last answer is not how it then shows that answer")
         return spans, unlearned
 
-    def _pieces(self, rendered: str, breaker: str | None, *, learned: bool) -> Iterator[Fixed | Run | ImageSlot]:
+    def _pieces(self, rendered: str, breaker: str | None, *, learned: bool) -> Iterator[Piece]:
         # The pattern has one group, so that every second part is a special token.
         parts = self._special_re.split(rendered)
         number = 0
@@ -185,10 +202,10 @@ class Templater:
             if number % 2 == 0:
                 if part:
                     yield self._run(part, breaker, learned)
-            elif part == self._image:
+            elif slot := self._slots.get(part):
                 # Whatever special token stands right behind the image tokens ends the image: <|vision_end|>.
                 has_closing = not parts[number + 1] and number + 2 < len(parts)
-                yield ImageSlot((self._special[parts[number + 2]],) if has_closing else ())
+                yield slot((self._special[parts[number + 2]],) if has_closing else ())
                 number += 2 * has_closing
             else:
                 yield Fixed((self._special[part],), learned)
@@ -212,7 +229,7 @@ class Templater:
                     number += 1
                     content.append({"type": "text", "text": show(number, part.text) if part.text else ""})
                 else:
-                    content.append({"type": "image"})
+                    content.append({"type": "image" if isinstance(part, ImageMark) else "video"})
             turns.append({"role": message.role, "content": content})
         return turns
 
@@ -231,7 +248,7 @@ class Templater:
         return RowError("", code, f"the chat template of {name} cannot be used for this row: {what}.")
 
 
-def _merged(pieces: Sequence[Fixed | Run | ImageSlot]) -> Iterator[Fixed | Run | ImageSlot]:
+def _merged(pieces: Sequence[Piece]) -> Iterator[Piece]:
     """The same pieces, neighbours of fixed ids joined."""
     ids: list[int] = []
     learned = False

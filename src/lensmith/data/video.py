@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lensmith.config.tree import Video
 from lensmith.data.frames import VideoHeader, decode_last, probe_file
 from lensmith.data.images import MAX_ASPECT, check_whole, header_px
 from lensmith.errors import ConfigError, RowError
@@ -25,8 +26,6 @@ from lensmith.types import Clip, ImageRef, ImageSize, Moment, VideoRef, VisionGe
 
 if TYPE_CHECKING:
     from jaxtyping import Int
-
-    from lensmith.config.tree import Video
 
 SAME_TIME_S = 1e-6
 """Times closer than this are equal: less than the finest clock in use, 90 kHz."""
@@ -47,13 +46,13 @@ class VideoLimits:
     """Most language tokens of a whole video, its time marks not counted."""
 
 
-def read_video_limits(processor: Any, settings: Video) -> VideoLimits:
-    """The limits of data.video, with what a loaded Qwen3VLProcessor says about the small end.
+def read_video_limits(processor: Any, settings: Video | None = None) -> VideoLimits:
+    """The limits of data.video (None: its defaults), with what a loaded Qwen3VLProcessor says about the small end.
 
     Raises:
         ConfigError: max_tokens leaves less than one token to a pair of frames.
     """
-    videos = processor.video_processor
+    settings, videos = settings or Video(), processor.video_processor
     moments = math.ceil(settings.max_frames / videos.temporal_patch_size)
     if settings.max_tokens < moments:
         raise ConfigError(
