@@ -27,8 +27,9 @@ from lensmith.types import ImageRef
 END_MARKS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
 """First and last bytes of a whole file: JPEG's SOI and EOI markers; PNG's signature and IEND chunk with its checksum."""
 
-DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-"""Pillow's modes of more than 8 bits per channel; colours of 16 bits it reduces to 8 as it reads them."""
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+DEEP_MODES = (*SIXTEEN_BIT_MODES, "I", "F")
+"""Pillow's modes of more than 8 bits per channel, all of them greys; colours of 16 bits it reduces to 8 by itself."""
 
 PILLOW_FAULTS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error)
 """What Pillow raises on broken files: its plug-ins name their faults, or stumble over them."""

@@ -8,19 +8,22 @@ limits, bit for bit (tests/reference/test_patches.py). So plans made from header
 from __future__ import annotations
 
 import functools
-import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from lensmith.data.documents import draw_page, page_px
-from lensmith.data.heif import open_picture
-from lensmith.data.places import open_ref
+from lensmith.data.documents import draw_page
+from lensmith.data.headers import (
+    DEEP_MODES,
+    SIXTEEN_BIT_MODES,
+    bomb,
+    open_undecoded,
+    orientation_of,
+    read_header,
+    reporting_gone,
+)
 from lensmith.errors import ConfigError, RowError
 from lensmith.types import ImageRef, ImageSize, Moment, VisionGeometry
 
@@ -41,14 +44,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture upright, by the value of its EXIF orientation tag (0x0112 in the EXIF standard); 1 already is."""
-ORIENTATION_TAG = 0x0112
-SIDEWAYS = (5, 6, 7, 8)
-"""Orientations that swap height and width."""
-
-END_MARKS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
-"""First and last bytes of a whole file: JPEG's SOI and EOI markers; PNG's signature and IEND chunk with its checksum."""
-
-SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def read_geometry(processor: Any) -> VisionGeometry:
@@ -139,30 +134,15 @@ def grid_of(size: ImageSize, geometry: VisionGeometry) -> tuple[int, int, int]:
 
 def header_px(ref: ImageRef) -> tuple[int, int]:
     """Upright height and width in pixels, from the file's header; no pixel is decoded."""
-    if ref.page is not None:
-        with _gone(ref):
-            return page_px(ref)
-    with _open_header(ref) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
+    return read_header(ref).upright_px
 
 
 def check_whole(ref: ImageRef) -> None:
     """Raise RowError where a JPEG or PNG was cut off: what its header cannot tell.
 
-    Reads the last bytes only. Some sound files carry something after their end mark, so one without the mark in its
-    place is decoded to be sure.
+    Some sound files carry something after their end mark, so one without the mark in its place is decoded to be sure.
     """
-    if ref.page is not None:
-        return
-    with _gone(ref), open_ref(ref) as file:
-        start = file.read(8)
-        mark = next((end for begin, end in END_MARKS.items() if start.startswith(begin)), None)
-        if mark is None:
-            return
-        file.seek(-len(mark), io.SEEK_END)
-        is_whole = file.read() == mark
-    if not is_whole:
+    if not read_header(ref).is_whole:
         open_image(ref)
 
 
@@ -177,14 +157,14 @@ def open_image(ref: ImageRef) -> Image.Image:
         RowError: `missing_file`, `unreadable_image`, `truncated_image` or `decompression_bomb`.
     """
     if ref.page is not None:
-        with _gone(ref):
+        with reporting_gone(ref):
             return draw_page(ref)
-    with _open_header(ref) as image:
-        turn = UPRIGHT.get(_orientation(image))
+    with open_undecoded(ref) as image:
+        turn = UPRIGHT.get(orientation_of(image))
         try:
             image.load()
         except Image.DecompressionBombError as cause:
-            raise _bomb(ref, cause) from cause
+            raise bomb(ref, cause) from cause
         except (OSError, SyntaxError, ValueError, EOFError) as cause:  # what Pillow's decoders raise on broken data
             raise RowError(
                 str(ref),
@@ -243,64 +223,10 @@ def _byte_scale(numbers: tuple[float, float, float]) -> Float[Tensor, "3 1 1 1"]
     return torch.tensor(numbers).mul_(255).view(3, 1, 1, 1)
 
 
-@contextmanager
-def _gone(ref: ImageRef) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as cause:
-        raise RowError(str(ref), "missing_file", "there is no such file.") from cause
-
-
-def _location(ref: ImageRef) -> Path | io.BytesIO:
-    """What Pillow opens; a path where there is one, since it then closes the file itself."""
-    if isinstance(ref.source, Path) and ref.member is None:
-        return ref.source
-    with open_ref(ref) as file:
-        return io.BytesIO(file.read())
-
-
-def _open_header(ref: ImageRef) -> Image.Image:
-    with _gone(ref):
-        location = _location(ref)
-        try:
-            return open_picture(location, str(ref))
-        except FileNotFoundError:
-            raise
-        except Image.DecompressionBombError as cause:
-            raise _bomb(ref, cause) from cause
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as cause:
-            what = "is empty (0 bytes)" if _num_bytes(ref) == 0 else "is not a picture that Pillow can read"
-            raise RowError(
-                str(ref), "unreadable_image", f"the file {what}; convert it to PNG or JPEG, or remove the row."
-            ) from cause
-
-
-def _bomb(ref: ImageRef, cause: Exception) -> RowError:
-    return RowError(
-        str(ref),
-        "decompression_bomb",
-        f"the picture unfolds to an unreasonable size ({cause}); reduce it, or remove the row.",
-    )
-
-
-def _num_bytes(ref: ImageRef) -> int | None:
-    if isinstance(ref.source, bytes):
-        return len(ref.source)
-    return ref.source.stat().st_size if isinstance(ref.source, Path) else None
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":
-        return 1  # the one format that Pillow turns by itself
-    # PngImageFile.getexif decodes the whole picture to look for EXIF data behind it; the plain method does not.
-    exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
-    return exif.get(ORIENTATION_TAG, 1)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
+    if image.mode in DEEP_MODES:
         return Image.fromarray(_to_bytes(np.asarray(image), image.mode)).convert("RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         clear = image.convert("RGBA")
