@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 State = Literal["frozen", "adapted", "trained"]
+
+PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
+"""pack.tokens where it is left open. On a GPU large matrix products; on a CPU what stays near its cache."""
 BoxConvention = Literal["xyxy_1000", "xyxy_px", "xywh_px", "cxcywh_unit", "xyxy_unit", "resized_px"]
 SidePx = Annotated[int, Field(ge=1)]
 

@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lensmith.config.tree import RunConfig
+from lensmith.config.tree import PACK_TOKENS, RunConfig
 
 if TYPE_CHECKING:
     import numpy as np
 
     from lensmith.data.scan import Scan
 
-PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
-"""Tokens per pack where the config leaves it open. On a GPU large matrix products; on a CPU what stays near its cache."""
 IMAGE_SHARE = 0.6
 """Of a pack's tokens where there is no data to look at: one picture and a short question and answer to it."""
 LEARNED_SHARE = 0.5
