@@ -1,0 +1,149 @@
+"""report.html: the outcome of a check and, row by row, what the model will see; one file, no scripts, nothing fetched.
+
+The layout is page.html beside this file. Under 20 MB whatever the data: a set number of rows, of each a set number of
+pictures and characters, and of each picture a set number of bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lensmith.check.findings import CODES
+from lensmith.check.page.choice import Choice, Group, choose_rows
+from lensmith.check.page.numbers import write_numbers
+from lensmith.check.page.row import MARKS, PICTURES_PER_ROW, SENTENCE_CHARACTERS, write_row
+from lensmith.evals.markup import fill_template, list_facts, shorten, show
+from lensmith.types import counted
+
+if TYPE_CHECKING:
+    from lensmith.check.report import CheckReport, Finding, Side
+    from lensmith.data.source import SampleSource
+
+PICTURES_BYTES = 9_000_000
+"""Of all pictures together, before base64 makes them a third larger."""
+PICTURE_BYTES = 400_000
+"""Most of one picture."""
+SHOWN_PLACES = 5
+"""Rows of a finding that are named on the page; `--json` has them all."""
+SHOWN_FILES = 20
+UNITS = ((10**9, " G"), (10**6, " M"), (10**3, " k"))
+"""For figures at a glance, from two digits on."""
+HEADINGS: dict[Group, tuple[str, str]] = {
+    "drawn": ("Drawn at random", "What training reads, on the whole."),
+    "edges": ("At the edges", "The largest, the smallest, the most reduced and the longest answer."),
+    "found": ("With findings", "The first rows of each finding."),
+}
+
+
+def write_page(
+    report: CheckReport,
+    sources: Mapping[Side, SampleSource],
+    path: Path,
+    *,
+    seed: int,
+    rows: int = 24,
+    blind: str | None = None,
+) -> None:
+    """Write the page to `path`.
+
+    Args:
+        sources: what was checked, by side, with the caps that data.on_long=shrink gives.
+        seed: draws the rows that are shown.
+        rows: how many are shown.
+        blind: the sentence of a blind test.
+    """
+    choices = choose_rows(report, sources, seed=seed, rows=rows)
+    names = ", ".join(dict.fromkeys(file.name for file in report.files[:SHOWN_FILES]))
+    anchors = {(choice.side, choice.row): choice.anchor for choice in choices}
+    sign, word = ("✓", "ready") if report.is_clean else ("✗", "stopped")
+    blanks = {
+        "title": show(f"Check of {shorten(names, 120)}"),
+        "names": show(shorten(names, 400)),
+        "sign": sign,
+        "word": word,
+        "headline": "Ready to train" if report.is_clean else "Not ready to train",
+        "verdict": show(report.verdict),
+        "blind": f"<p>{show(blind)}</p>" if blind else "",
+        "facts": list_facts(_facts(report)),
+        "findings": _findings(report, anchors),
+        "numbers": write_numbers(report, anchors),
+        "rows": _rows(choices, sources),
+        "notes": _notes(report),
+        "footer": show(_footer(report, len(choices), seed)),
+    }
+    path.write_text(fill_template("lensmith.check.page", "page.html", blanks), encoding="utf-8")
+
+
+def _facts(report: CheckReport) -> dict[str, str]:
+    return {
+        "rows": f"{report.rows:,}",
+        "ok": f"{report.ok:,}",
+        "refused": f"{report.refused:,}",
+        "pictures": f"{report.images.pictures:,}",
+        "tokens": _rounded(report.tokens.total),
+        "learned tokens": _rounded(report.tokens.learned),
+    }
+
+
+def _rounded(number: int) -> str:
+    size, unit = next(((size, unit) for size, unit in UNITS if number >= 10 * size), (1, ""))
+    return f"{number / size:,.0f}{unit}"
+
+
+def _findings(report: CheckReport, anchors: Mapping[tuple[str, int], str]) -> str:
+    if not report.findings:
+        return '<p class="card none"><span class="right" aria-hidden="true">✓</span> Nothing found.</p>'
+    rows = "\n".join(_finding(finding, anchors) for finding in report.findings)
+    return (
+        '<table class="card findings"><thead><tr><th scope="col">Finding</th><th scope="col">Count</th>'
+        f'<th scope="col">What and where</th><th scope="col">What to do</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def _finding(finding: Finding, anchors: Mapping[tuple[str, int], str]) -> str:
+    first = f"<p>{show(shorten(finding.examples[0].sentence, SENTENCE_CHARACTERS))}</p>" if finding.examples else ""
+    return (
+        f'<tr class="{finding.severity}"><th scope="row"><span class="mark" aria-hidden="true">{MARKS[finding.severity]}'
+        f"</span> <code>{finding.code}</code><br><small>{finding.severity}</small></th>"
+        f'<td class="count">{finding.count:,}</td>'
+        f'<td><p>{show(CODES[finding.code].meaning)}</p>{first}<p class="places">{_places(finding, anchors)}</p></td>'
+        f"<td><p>{show(finding.fix)}</p></td></tr>"
+    )
+
+
+def _places(finding: Finding, anchors: Mapping[tuple[str, int], str]) -> str:
+    shown = {example.where: anchors.get((example.side, example.row)) for example in finding.examples}
+    places = []
+    for where in finding.where[:SHOWN_PLACES]:
+        code = f"<code>{show(shorten(where, SENTENCE_CHARACTERS))}</code>"
+        anchor = shown.get(where)
+        places.append(f'<a href="#{anchor}">{code}</a>' if anchor else code)
+    more = finding.count - len(places)
+    return ", ".join(places) + (f" and {more:,} more" if places and more > 0 else "")
+
+
+def _rows(choices: Sequence[Choice], sources: Mapping[Side, SampleSource]) -> str:
+    picture_bytes = min(PICTURE_BYTES, PICTURES_BYTES // max(1, len(choices) * PICTURES_PER_ROW))
+    parts = []
+    for group, members in itertools.groupby(choices, key=lambda choice: choice.group):
+        heading, note = HEADINGS[group]
+        parts.append(f'<h3>{heading}</h3><p class="soft">{note}</p>')
+        parts += [write_row(choice, sources[choice.side], picture_bytes=picture_bytes) for choice in members]
+    return "\n".join(parts)
+
+
+def _notes(report: CheckReport) -> str:
+    files = [
+        f"{file.name} ({file.side}): {counted(file.rows, 'row')}, {file.refused:,} refused. {file.layout} {file.boxes or ''}"
+        for file in report.files[:SHOWN_FILES]
+    ]
+    told = "".join(f"<li>{show(shorten(note, SENTENCE_CHARACTERS))}</li>" for note in (*files, *report.sentences))
+    return f'<ul class="notes">{told}</ul>'
+
+
+def _footer(report: CheckReport, shown: int, seed: int) -> str:
+    looked = "every picture decoded" if report.decoded else "headers and ends of pictures only"
+    return f"lensmith check: {report.took_s:.1f} s, {looked}. {counted(shown, 'row')} shown, drawn with seed {seed}."

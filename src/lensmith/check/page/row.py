@@ -1,0 +1,167 @@
+"""One row as HTML: its pictures as seen with boxes over them, the prompt as fed, what is learned, and what was found.
+
+Boxes are looked for in the decoded ids, not in the row: a conversion that went wrong is seen to have gone wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lensmith.check.page.choice import Reason
+from lensmith.check.page.picture import Box, list_boxes, write_picture
+from lensmith.check.seen import Piece, draw_seen, read_back
+from lensmith.errors import RowError
+from lensmith.evals.markup import shorten, show
+from lensmith.types import counted
+
+if TYPE_CHECKING:
+    from lensmith.check.findings import Severity
+    from lensmith.check.page.choice import Choice
+    from lensmith.data.source import Samples, SampleSource
+    from lensmith.types import Encoded, ImageSize
+
+PICTURES_PER_ROW = 4
+RUN_TOKENS = 1_000
+"""Tokens shown of one run of text; the rest is counted."""
+ROW_CHARACTERS = 12_000
+"""Characters shown of all texts of a row; what comes after is counted."""
+RAW_CHARACTERS = 2_000
+"""Characters shown of a row that cannot be used, as it is on disk."""
+SENTENCE_CHARACTERS = 600
+MARKS: dict[Severity | None, str] = {"error": "✗", "warning": "!", "note": "i", None: "·"}
+"""Findings are told apart by a mark and a word, never by colour alone."""
+
+
+def write_row(choice: Choice, source: SampleSource, *, picture_bytes: int) -> str:
+    """The `<article>` of one row, also of one that cannot be used; each picture takes at most `picture_bytes`."""
+    reasons = choice.reasons
+    try:
+        encoded = source.encoded(choice.row)
+    except RowError as fault:
+        where, cost, body = fault.where, "cannot be used; as it is on disk:", _on_disk(source.samples, choice.row)
+        if not any(reason.code for reason in reasons):
+            reasons = (*reasons, _reason_of(fault))
+    else:
+        where, cost, body = encoded.where, _cost(encoded), _as_seen(encoded, source, picture_bytes)
+    listed = "".join(map(_list_reason, reasons))
+    return (
+        f'<article class="card row" id="{choice.anchor}">'
+        f"<h4><code>{show(where)}</code> <small>{choice.side} · {cost}</small></h4>"
+        + (f'<ul class="reasons">{listed}</ul>' if listed else "")
+        + f"{body}</article>"
+    )
+
+
+def _reason_of(fault: RowError) -> Reason:
+    return Reason(fault.sentence, fault.code, "error")
+
+
+def _list_reason(reason: Reason) -> str:
+    name = f"<b>{reason.code}</b> " if reason.code else ""
+    word = f'<span class="hidden">{reason.severity}: </span>' if reason.severity else ""
+    return (
+        f'<li class="{reason.severity or "chosen"}"><span aria-hidden="true">{MARKS[reason.severity]}</span> '
+        f"{word}{name}{show(shorten(reason.text, SENTENCE_CHARACTERS))}</li>"
+    )
+
+
+def _cost(encoded: Encoded) -> str:
+    image_tokens = sum(image.tokens for image in encoded.images)
+    images = f" = {image_tokens:,} image + {encoded.num_tokens - image_tokens:,} text" if image_tokens else ""
+    return f"{counted(encoded.num_tokens, 'token')}{images} · {encoded.num_learned:,} learned"
+
+
+def _as_seen(encoded: Encoded, source: SampleSource, picture_bytes: int) -> str:
+    pieces = list(read_back(encoded, source.encoder.tokenizer, most_tokens=RUN_TOKENS))
+    prompt = f'<pre class="prompt" dir="auto">{"".join(_spans(pieces))}</pre>'
+    if not encoded.images:
+        return prompt
+    boxes = _boxes(pieces) if len(encoded.images) == 1 else []
+    figures = [
+        _figure(encoded, number, source, boxes, picture_bytes)
+        for number in range(len(encoded.images[:PICTURES_PER_ROW]))
+    ]
+    more = len(encoded.images) - len(figures)
+    rest = f'<p class="soft">and {counted(more, "more image")}</p>' if more else ""
+    return f'<div class="sight"><div class="pictures">{"".join(figures)}{rest}</div>{prompt}</div>'
+
+
+def _figure(encoded: Encoded, number: int, source: SampleSource, boxes: Sequence[Box], picture_bytes: int) -> str:
+    size = encoded.images[number]
+    try:
+        drawn = draw_seen(size, source.encoder.geometry)
+    except RowError as fault:
+        return f'<figure><p class="broken">{show(shorten(fault.sentence, SENTENCE_CHARACTERS))}</p></figure>'
+    alt = f"Image {number + 1} of {encoded.where} as the model sees it"
+    picture = write_picture(drawn, boxes, alt=alt, most_bytes=picture_bytes)
+    return f"<figure>{picture}<figcaption>{_caption(size)}{list_boxes(boxes)}</figcaption></figure>"
+
+
+def _caption(size: ImageSize) -> str:
+    (height, width), (seen_height, seen_width) = size.original_px, size.seen_px
+    scale = f", {size.scale:.0%} of the side" if size.original_px != size.seen_px else ""
+    return (
+        f"{width:,} × {height:,} → <b>{seen_width:,} × {seen_height:,} px</b>{scale}: {counted(size.tokens, 'token')}"
+    )
+
+
+def _boxes(pieces: Sequence[Piece]) -> list[Box]:
+    """Boxes and points in the texts of questions and answers."""
+    return []
+
+
+def _spans(pieces: Sequence[Piece]) -> Iterator[str]:
+    """The prompt: special tokens quiet, learned tokens marked one by one, the end counted where it is too long."""
+    room, shown = ROW_CHARACTERS, 0
+    for learned, group in itertools.groupby(pieces, key=lambda piece: piece.learned):
+        spans = []
+        for piece in group:
+            if room <= 0:
+                break
+            spans.append(_span(piece))
+            room -= len(piece.text or "")
+            shown += 1
+        text = "".join(spans)
+        yield f'<mark><span class="hidden">learned: </span>{text}</mark>' if learned and text else text
+    if left := pieces[shown:]:
+        tokens, learned_tokens = sum(p.tokens for p in left), sum(p.tokens for p in left if p.learned)
+        yield f'<span class="cut"> … {tokens:,} more tokens, {learned_tokens:,} of them learned</span>'
+
+
+def _span(piece: Piece) -> str:
+    if piece.text is None:
+        return f'<span class="cut"> … {counted(piece.tokens, "more token")} … </span>'
+    if piece.special:
+        times = f" × {piece.tokens:,}" if piece.tokens > 1 else ""
+        return f'<span class="special">{show(piece.text)}{times}</span>'
+    return f"<i>{show(piece.text).replace(chr(10), LINE_END)}</i>" if piece.learned else show(piece.text)
+
+
+LINE_END = '<span class="special" aria-hidden="true">↵</span>\n'
+"""A learned line end is a token like any other, and must not look like an accident of the page."""
+
+
+def _on_disk(samples: Samples, row: int) -> str:
+    """The fields of a row that cannot be used, or nothing where not even they can be read."""
+    for (span, _), file in zip(samples.spans, samples.files, strict=True):
+        if row in span:
+            try:
+                fields = file.rows[row - span.start].fields
+            except RowError:
+                return ""
+            text = "\n".join(f"{name}: {_value(value)}" for name, value in fields.items())
+            return f'<pre class="prompt" dir="auto">{show(shorten(text, RAW_CHARACTERS))}</pre>'
+    return ""
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return shorten(value, RAW_CHARACTERS)
+    return json.dumps(value, ensure_ascii=False, default=_name)
+
+
+def _name(value: Any) -> str:
+    return f"({len(value):,} bytes)" if isinstance(value, bytes) else f"({type(value).__name__})"
