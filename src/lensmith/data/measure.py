@@ -134,7 +134,7 @@ class Measurer:
         for image in original.images:
             chunk.add(
                 image_rows=row,
-                image_keys=_digest(image.ref.key.encode()),
+                image_keys=_digest(image.ref.key.encode("utf-8", "surrogatepass")),
                 image_scales=image.scale,
                 image_changes=self._change(image),
             )
