@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
-"""Tokens per pack where the config leaves it open. On a GPU large matrix products; on a CPU what stays near its cache."""
 CHUNK_ROWS = 2_000
 """Rows between two calls of `progress`, and per task of a worker."""
 PARALLEL_ROWS = 20_000
