@@ -125,6 +125,7 @@ class StepDataset(Dataset[StepPacks]):
         geometry: VisionGeometry,
         *,
         image_token_id: int,
+        video_token_id: int | None = None,
         budget_tokens: int,
         share_prefix: bool,
         together: bool = True,
@@ -133,7 +134,8 @@ class StepDataset(Dataset[StepPacks]):
         world: int = 1,
     ) -> None:
         self.scan, self.plan, self.geometry = scan, plan, geometry
-        self.image_token_id, self.budget_tokens, self.share_prefix = image_token_id, budget_tokens, share_prefix
+        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        self.budget_tokens, self.share_prefix = budget_tokens, share_prefix
         self.together, self.rank, self.world = together, rank, world
         # The tower rounds its input to its own type anyway; rounded here, half as many bytes are pinned and copied.
         self.pixel_dtype = pixel_dtype
@@ -148,6 +150,7 @@ class StepDataset(Dataset[StepPacks]):
                 [self.encoded(sample) for sample in members],
                 self.geometry,
                 image_token_id=self.image_token_id,
+                video_token_id=self.video_token_id,
                 share_prefix=self.share_prefix,
                 pixel_dtype=self.pixel_dtype,
             )

@@ -31,12 +31,13 @@ def pack_samples(
     geometry: VisionGeometry,
     *,
     image_token_id: int,
+    video_token_id: int | None = None,
     share_prefix: bool = True,
     read: PixelReader = read_patches,
     pixel_dtype: torch.dtype | None = None,
 ) -> Pack:
     """Lay samples end to end, those that share a prefix together; reads the pixels, in `pixel_dtype` if one is given."""
-    parts = _Parts(geometry, image_token_id)
+    parts = _Parts(geometry, image_token_id, video_token_id)
     for members in _groups(samples, share_prefix):
         first = samples[members[0]]
         prefix = None
@@ -62,8 +63,8 @@ def pack_samples(
 class _Parts:
     """The growing row."""
 
-    def __init__(self, geometry: VisionGeometry, image_token_id: int) -> None:
-        self.geometry, self.image_token_id = geometry, image_token_id
+    def __init__(self, geometry: VisionGeometry, image_token_id: int, video_token_id: int | None) -> None:
+        self.geometry, self.image_token_id, self.video_token_id = geometry, image_token_id, video_token_id
         self.input_ids: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
@@ -83,7 +84,11 @@ class _Parts:
     def _positions(self, sample: Encoded) -> Int[np.ndarray, "4 tokens"]:
         grids = [grid_of(image, self.geometry) for image in sample.images]
         return mrope_positions(
-            sample.input_ids, grids, image_token_id=self.image_token_id, merge=self.geometry.merge
+            sample.input_ids,
+            grids,
+            image_token_id=self.image_token_id,
+            video_token_id=self.video_token_id,
+            merge=self.geometry.merge,
         ).astype(np.int64)
 
 

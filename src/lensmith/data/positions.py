@@ -1,7 +1,8 @@
 """M-RoPE positions of one sample, in numpy: what transformers' Qwen3VLModel.get_rope_index says, without a model.
 
 Text counts 1, 2, 3 on all three axes. An image stands still in time and counts its rows and columns, in merged tokens;
-the text after it goes on from the larger of the two. With an image of 2 x 3 tokens between words:
+the text after it goes on from the larger of the two. So does each moment of a video: its time is written as text. With an
+image of 2 x 3 tokens between words:
 
     tokens   a b [ i i i i i i ] c
     time     0 1 2 3 3 3 3 3 3 6 7
@@ -25,11 +26,12 @@ def mrope_positions(
     grids: Sequence[tuple[int, int, int]],
     *,
     image_token_id: int,
+    video_token_id: int | None = None,
     merge: int,
 ) -> Int[np.ndarray, "4 tokens"]:
     """Row 0: the token's number; rows 1 to 3: its place in time, height and width.
 
-    `grids`: patches in time, height and width of each image, in order; `merge`: patches per side of one token.
+    `grids`: patches in time, height and width of each image or moment, in order; `merge`: patches per side of one token.
 
     Raises:
         ValueError: the ids hold more or fewer image tokens than the grids.
@@ -40,7 +42,9 @@ def mrope_positions(
         return positions
     shapes = [(frames, height // merge, width // merge) for frames, height, width in grids]
     lengths = [frames * height * width for frames, height, width in shapes]
-    (slots,) = np.nonzero(np.asarray(input_ids) == image_token_id)
+    ids = np.asarray(input_ids)
+    is_image = ids == image_token_id
+    (slots,) = np.nonzero(is_image if video_token_id is None else is_image | (ids == video_token_id))
     if len(slots) != sum(lengths):
         raise ValueError(f"{len(slots)} image tokens in the ids but {sum(lengths)} in the grids {list(grids)}")
     behind, first = 0, 0

@@ -146,7 +146,15 @@ def _answer_nats(model: Any, source: SampleSource, samples: Sequence[Encoded]) -
     encoder, training = source.encoder, model.training
     model.eval()
     with torch.inference_mode():
-        packs = (pack_samples([one], encoder.geometry, image_token_id=encoder.image_token_id) for one in samples)
+        packs = (
+            pack_samples(
+                [one],
+                encoder.geometry,
+                image_token_id=encoder.image_token_id,
+                video_token_id=encoder.video_token_id,
+            )
+            for one in samples
+        )
         nats = [-float(model(pack=pack).sum()) for pack in packs]
     model.train(training)
     return nats

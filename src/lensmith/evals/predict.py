@@ -25,9 +25,10 @@ from lensmith.data.encode import Encoder
 from lensmith.data.images import grid_of, read_patches
 from lensmith.errors import DataError
 from lensmith.evals.score import MATCHERS, Comparison, Metric, Score, compare_answers, guess_metric, score_answers
-from lensmith.types import Encoded, ImageMark, ImageRef, Message, Sample, Text
+from lensmith.types import Encoded, ImageMark, ImageRef, ImageSize, Message, Moment, Sample, Text, VisionGeometry
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from transformers import GenerationConfig
 
 T = TypeVar("T")
@@ -262,8 +263,8 @@ def greedy_settings(model: Any, tokenizer: Any, end_token_id: int, max_new_token
 def pad_prompts(prompts: Sequence[Encoded], encoder: Encoder, model: Any) -> dict[str, Tensor]:
     """Keyword arguments for `generate`: ids padded on the left, and the patches of all pictures in order.
 
-    input_ids, attention_mask and mm_token_type_ids are [batch, tokens]; pixel_values is [patches, values] and
-    image_grid_thw [images, 3], both left out where no prompt has a picture.
+    input_ids, attention_mask and mm_token_type_ids are [batch, tokens]; for the others see
+    `picture_inputs`.
     """
     width = max(prompt.num_tokens for prompt in prompts)
     ids = np.full((len(prompts), width), encoder.end_token_id, dtype=np.int64)
@@ -274,15 +275,37 @@ def pad_prompts(prompts: Sequence[Encoded], encoder: Encoder, model: Any) -> dic
     inputs = {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask),
-        "mm_token_type_ids": torch.from_numpy(mask * (ids == encoder.image_token_id)),
+        # An end token pads, so padding counts as text.
+        "mm_token_type_ids": torch.from_numpy(media_types(ids, encoder.image_token_id, encoder.video_token_id)),
+        **picture_inputs([image for prompt in prompts for image in prompt.images], encoder.geometry),
     }
-    images = [image for prompt in prompts for image in prompt.images]
-    if images:
-        different = {(image.ref.key, image.seen_px): image for image in images}
-        patches = {key: read_patches(image, encoder.geometry) for key, image in different.items()}
-        inputs["pixel_values"] = torch.cat([patches[image.ref.key, image.seen_px] for image in images])
-        inputs["image_grid_thw"] = torch.tensor([grid_of(image, encoder.geometry) for image in images])
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def media_types(
+    ids: Int[np.ndarray, "*tokens"], image_token_id: int, video_token_id: int
+) -> Int[np.ndarray, "*tokens"]:
+    """What transformers calls mm_token_type_ids: 1 for the tokens of images, 2 for those of videos, 0 for all others."""
+    return (ids == image_token_id) + 2 * (ids == video_token_id)
+
+
+def picture_inputs(images: Sequence[ImageSize], geometry: VisionGeometry) -> dict[str, Tensor]:
+    """Keyword arguments with which transformers' own forward takes images and moments; empty without any.
+
+    pixel_values is [patches, values] and image_grid_thw [images, 3]; pixel_values_videos and video_grid_thw are the same
+    for moments, each as a video of one step in time, which is how the stock model cuts up longer ones.
+    """
+    different = {(image.ref.key, image.seen_px): image for image in images}
+    patches = {key: read_patches(image, geometry) for key, image in different.items()}
+    inputs = {}
+    for pixels, grids, kind in (
+        ("pixel_values", "image_grid_thw", ImageRef),
+        ("pixel_values_videos", "video_grid_thw", Moment),
+    ):
+        if chosen := [image for image in images if isinstance(image.ref, kind)]:
+            inputs[pixels] = torch.cat([patches[image.ref.key, image.seen_px] for image in chosen])
+            inputs[grids] = torch.tensor([grid_of(image, geometry) for image in chosen])
+    return inputs
 
 
 def _cut_at_end(ids: list[int], end_ids: Sequence[int]) -> tuple[list[int], bool]:

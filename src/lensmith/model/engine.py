@@ -149,7 +149,8 @@ class Engine(Qwen3VLForConditionalGeneration):
         kept, predictors = np.unique(predecessors(pack.segments)[learned], return_inverse=True)
         tensor = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
         build = functools.partial(build_layout, num_keys=pack.num_tokens, causal=True, device=device, dtype=dtype)
-        image_rows = np.flatnonzero(pack.input_ids.numpy() == self.config.image_token_id)
+        media_ids = (self.config.image_token_id, self.config.video_token_id)
+        image_rows = np.flatnonzero(np.isin(pack.input_ids.numpy(), media_ids))
         return Route(
             layout=build(segment_runs(pack.segments)),
             last_layout=build(kept_runs(pack.segments, kept)),

@@ -131,7 +131,7 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
     loaded = load_model(config)
     for sentence in loaded.sentences:
         say(sentence)
-    encoder = Encoder.from_processor(loaded.processor, config.data.image)
+    encoder = Encoder.from_processor(loaded.processor, config.data.image, config.data.video)
     samples = _held_out_samples(config, encoder, loaded, say)
     suffix = f"-{Path(data).stem}" if data else ""
 

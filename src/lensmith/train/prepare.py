@@ -71,7 +71,7 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     loaded = load_model(config)
     for sentence in loaded.sentences:
         say(sentence)
-    encoder = Encoder.from_processor(loaded.processor, config.data.image)
+    encoder = Encoder.from_processor(loaded.processor, config.data.image, config.data.video)
     train, held_out = scan_rows(config, encoder, loaded.device, say)
     plan, dataset = _plan(config, loaded, encoder, train, say)
     model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
@@ -142,6 +142,7 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
         plan,
         encoder.geometry,
         image_token_id=loaded.model.config.image_token_id,
+        video_token_id=loaded.model.config.video_token_id,
         budget_tokens=config.pack.tokens or PACK_TOKENS[loaded.device.type],
         share_prefix=share_prefix,
         together=config.pack.together,
@@ -164,7 +165,8 @@ def check_first_packs(prepared: Prepared) -> str:
         prepared.model,
         [[dataset.encoded(sample) for sample in members] for members in packs],
         dataset.geometry,
-        image_token_id=dataset.image_token_id,
+        image_token_id=prepared.encoder.image_token_id,
+        video_token_id=prepared.encoder.video_token_id,
         share_prefix=dataset.share_prefix,
     )
     if torch.cuda.is_available():

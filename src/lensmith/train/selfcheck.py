@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lensmith.data.images import grid_of, read_patches
 from lensmith.data.pack import pack_samples
 from lensmith.errors import RunError
+from lensmith.evals.predict import media_types, picture_inputs
 from lensmith.types import IGNORE, Encoded, VisionGeometry, counted
 
 MOST_SAMPLES = 32
@@ -55,6 +55,7 @@ def check_packs(
     geometry: VisionGeometry,
     *,
     image_token_id: int,
+    video_token_id: int,
     share_prefix: bool,
 ) -> PackCheck:
     """Replay `packs` sample by sample. Raises RunError where a sample differs by more than the tolerance of the dtype."""
@@ -62,7 +63,13 @@ def check_packs(
     tolerance, worst, tokens, count, training = TOLERANCE_NATS[dtype], 0.0, 0, 0, model.training
     model.eval()
     for samples in packs:
-        pack = pack_samples(samples, geometry, image_token_id=image_token_id, share_prefix=share_prefix)
+        pack = pack_samples(
+            samples,
+            geometry,
+            image_token_id=image_token_id,
+            video_token_id=video_token_id,
+            share_prefix=share_prefix,
+        )
         by_where = {sample.where: sample for sample in samples}
         together = model(pack=pack)
         ordered = [by_where[where] for where in pack.wheres]
@@ -70,7 +77,7 @@ def check_packs(
         replayed = replayed[:: -(-len(replayed) // MOST_SAMPLES)]
         count += len(replayed)
         for sample, ours in replayed:
-            alone = _stock_logprobs(model, sample, geometry, image_token_id)
+            alone = _stock_logprobs(model, sample, geometry, image_token_id, video_token_id)
             difference = float((ours - alone).abs().mean())
             worst, tokens = max(worst, difference), tokens + len(alone)
             if not difference <= tolerance:
@@ -85,21 +92,17 @@ def check_packs(
 
 
 def _stock_logprobs(
-    model: Any, sample: Encoded, geometry: VisionGeometry, image_token_id: int
+    model: Any, sample: Encoded, geometry: VisionGeometry, image_token_id: int, video_token_id: int
 ) -> Float[Tensor, " learned"]:
     device = next(model.parameters()).device
     ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None].to(device)
     learned = torch.from_numpy(np.flatnonzero(sample.labels != IGNORE)).to(device)
-    pictures = {}
-    if sample.images:
-        pictures = {
-            "pixel_values": torch.cat([read_patches(image, geometry) for image in sample.images]).to(device),
-            "image_grid_thw": torch.tensor([grid_of(image, geometry) for image in sample.images], device=device),
-        }
+    types = media_types(sample.input_ids, image_token_id, video_token_id)
+    pictures = {name: tensor.to(device) for name, tensor in picture_inputs(sample.images, geometry).items()}
     logits = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == image_token_id).int(),
+        mm_token_type_ids=torch.from_numpy(types)[None].to(device),
         logits_to_keep=learned - 1,
         use_cache=False,
         **pictures,

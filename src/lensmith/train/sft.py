@@ -20,6 +20,7 @@ from trl.trainer.sft_config import SFTConfig
 from lensmith.config.tree import RunConfig
 from lensmith.data.images import write_policy
 from lensmith.data.loader import choose_workers, step_loader
+from lensmith.data.video import write_video_policy
 from lensmith.errors import Interrupted
 from lensmith.model.adapters import TUNED_FOLDER, save_tuned
 from lensmith.model.components import learning_rates, parameter_groups
@@ -137,9 +138,11 @@ def _build_trainer(
 
 
 def _save_final(prepared: Prepared, model: nn.Module) -> None:
-    """Tuned weights, and a processor with the image policy that training used, so that serving sees the same pixels."""
+    """Tuned weights, and a processor that resizes and takes frames as training did, so that serving sees the same pixels."""
     processor, folder = prepared.loaded.processor, prepared.run.path / TUNED_FOLDER
     write_policy(processor, prepared.encoder.min_tokens, prepared.encoder.max_tokens)
+    if prepared.encoder.video is not None:
+        write_video_policy(processor, prepared.encoder.video)
     save_tuned(model, folder)
     processor.save_pretrained(str(folder))
 
