@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from lensmith.config.tree import Boxes
+
 IGNORE = -100
 """Label of a token that is not learned; the value that torch's cross-entropy ignores by default."""
 
@@ -170,6 +172,8 @@ class Sample:
     """<think> parts of its answers; with data.reasoning=drop they were taken out."""
     videos: tuple[VideoRef, ...] = ()
     """Those that the messages mention, in order of first mention."""
+    boxes: Boxes | None = None
+    """How boxes in its texts are written: declared in the config, or known from the file's format."""
 
     @property
     def question(self) -> str:

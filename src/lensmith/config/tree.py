@@ -78,6 +78,8 @@ class Source(Section):
     """How often each row of this file is seen per epoch: 2 repeats it, 0.5 uses a seeded half."""
     image: Images | None = None
     """Token limits for the pictures of this file. Null: those of data.image."""
+    boxes: Boxes | None = None
+    """How boxes are written in this file. Null: as data.boxes says."""
 
 
 class Data(Section):
@@ -92,7 +94,8 @@ class Data(Section):
     image: Images = Images()
     video: Video = Video()
     boxes: Boxes | None = None
-    """Null: answers are left as they are, and `check` says what their numbers look like."""
+    """Null: as a COCO, YOLO or LabelMe file's format says; other answers are left as they are, and `check` says what their
+    numbers look like."""
     reasoning: Literal["keep", "drop"] = "keep"
     """Whether <think> parts of answers are learned or taken out first."""
     on_long: Literal["error", "shrink", "drop"] = "shrink"

@@ -60,29 +60,17 @@ MARKING_ROLES = ("user", "assistant")
 def convert_box(
     box: Sequence[float], source: BoxConvention, target: BoxConvention, *, size_px: SidesPx, seen_px: SidesPx
 ) -> Numbers:
-    """The same box in another convention, not rounded.
+    """The same box, or point of two numbers, in another convention; not rounded.
 
     Args:
         size_px: height and width of the original, upright; what `xyxy_px` and `xywh_px` refer to.
         seen_px: height and width after resizing; what `resized_px` refers to.
     """
-    corners = convert_point(corners_of(box, source), source, target, size_px=size_px, seen_px=seen_px)
-    return box_of(corners, target)
-
-
-def convert_point(
-    point: Sequence[float], source: BoxConvention, target: BoxConvention, *, size_px: SidesPx, seen_px: SidesPx
-) -> Numbers:
-    """The same point, or run of x, y, x, y, in another convention, not rounded; sizes as in `convert_box`."""
-    scales = [
-        after / before
-        for before, after in zip(
-            scale_of(source, size_px=size_px, seen_px=seen_px),
-            scale_of(target, size_px=size_px, seen_px=seen_px),
-            strict=True,
-        )
-    ]
-    return tuple(number * scales[1 - place % 2] for place, number in enumerate(point))
+    height, width = scale_of(source, size_px=size_px, seen_px=seen_px)
+    new_height, new_width = scale_of(target, size_px=size_px, seen_px=seen_px)
+    scales = new_width / width, new_height / height
+    corners = corners_of(box, source)
+    return box_of([number * scales[place % 2] for place, number in enumerate(corners)], target)
 
 
 def scale_of(convention: BoxConvention, *, size_px: SidesPx, seen_px: SidesPx) -> tuple[float, float]:
@@ -147,34 +135,56 @@ def convert_sample(sample: Sample, sizes: Sequence[ImageSize], boxes: Boxes | No
     """The sample with the boxes in its questions and answers as the model speaks them (`boxes.target`).
 
     Args:
-        sizes: of `sample.images`, in that order.
+        sizes: of its pictures, in the order of their marks; a video counts as one, by any of its moments.
         boxes: how they are written in the data; None, or no difference to the target, leaves the sample as it is.
 
     Raises:
-        RowError: `malformed_row` for a box in pixels of which nothing says to which of several images it belongs.
+        RowError: `malformed_row` for a box in pixels of which nothing says to which of several pictures it belongs.
     """
-    if boxes is None or (boxes.convention == boxes.target and boxes.size_px is None):
-        return sample
-    messages = tuple(_converted(message, sample, sizes, boxes) for message in sample.messages)
-    return sample if messages == sample.messages else replace(sample, messages=messages)
+    messages = convert_messages(sample.messages, sample, sizes, boxes)
+    return sample if messages is sample.messages else replace(sample, messages=tuple(messages))
+
+
+def convert_messages(
+    messages: Sequence[Message], sample: Sample, sizes: Sequence[ImageSize], boxes: Boxes | None
+) -> Sequence[Message]:
+    """The same for some of the sample's messages, such as those of a prompt."""
+    if boxes is None or _is_spoken(boxes):
+        return messages
+    return tuple(_converted(message, sample, sizes, boxes) for message in messages)
+
+
+def restore_answer(text: str, sample: Sample, sizes: Sequence[ImageSize]) -> str:
+    """What the model answered to a sample, with its boxes in the convention of the data: to be shown and compared.
+
+    A box of which the model does not say to which of several pictures it belongs stays as it is.
+
+    Args:
+        sizes: as in `convert_sample`.
+    """
+    boxes = sample.boxes
+    if boxes is None or _is_spoken(boxes):
+        return text
+
+    def restore(span: BoxSpan) -> Numbers:
+        size = _size_for(span, text, sizes) if _needs_picture(boxes) else None
+        if size is None and _needs_picture(boxes):
+            return span.numbers
+        return _restored(span, boxes, *_sides(sample, size, boxes))
+
+    return rewrite_boxes(text, restore, bare=True)
 
 
 def restore_text(text: str, size_px: SidesPx, seen_px: SidesPx, boxes: Boxes | None) -> str:
-    """What the model said, with its boxes in the convention of the data: the way back of `convert_sample`.
+    """The same for a text about one picture of which the sizes are known.
 
     Args:
-        size_px: height and width that pixels in the data refer to, as `reference_px` gives them.
+        size_px: height and width that pixels in the data refer to.
         seen_px: height and width of the picture as the model saw it.
     """
-    if boxes is None or (boxes.convention == boxes.target and boxes.size_px is None):
+    if boxes is None or _is_spoken(boxes):
         return text
-    source, size_px = _written_in(boxes, size_px)
-
-    def restore(span: BoxSpan) -> Numbers:
-        box = convert_box(span.numbers, boxes.target, source, size_px=size_px, seen_px=seen_px)
-        return round_box(box, boxes.convention)
-
-    return rewrite_boxes(text, restore, bare=True)
+    return rewrite_boxes(text, lambda span: _restored(span, boxes, size_px, seen_px), bare=True)
 
 
 def reference_px(sample: Sample, size: ImageSize, boxes: Boxes | None) -> SidesPx:
@@ -204,11 +214,15 @@ def is_bare(role: Role, boxes: Boxes | None) -> bool:
     return boxes is not None and role == "assistant"
 
 
-def _written_in(boxes: Boxes, size_px: SidesPx) -> tuple[BoxConvention, SidesPx]:
-    """The convention of the data as `convert_box` takes it: pixels of another resized picture are pixels of that size."""
-    if boxes.size_px is None:
-        return boxes.convention, size_px
-    return "xyxy_px" if boxes.convention == "resized_px" else boxes.convention, boxes.size_px
+def _is_spoken(boxes: Boxes) -> bool:
+    """Whether the data is written as the model speaks."""
+    return boxes.convention == boxes.target and boxes.size_px is None
+
+
+def _needs_picture(boxes: Boxes) -> bool:
+    """Whether converting asks for the size of a picture."""
+    own_pixels = boxes.convention in ("xyxy_px", "xywh_px", "resized_px") and boxes.size_px is None
+    return own_pixels or boxes.target == "resized_px"
 
 
 def _converted(message: Message, sample: Sample, sizes: Sequence[ImageSize], boxes: Boxes) -> Message:
@@ -226,27 +240,42 @@ def _converted(message: Message, sample: Sample, sizes: Sequence[ImageSize], box
 
 def _converter(text: str, sample: Sample, sizes: Sequence[ImageSize], boxes: Boxes) -> Callable[[BoxSpan], Numbers]:
     def convert(span: BoxSpan) -> Numbers:
-        size = _size_for(span, text, sample, sizes, boxes)
-        seen_px = size.seen_px if size else NO_SIDES
-        source, size_px = _written_in(boxes, reference_px(sample, size, boxes) if size else NO_SIDES)
+        size = _size_for(span, text, sizes) if _needs_picture(boxes) else None
+        if size is None and _needs_picture(boxes):
+            raise RowError(
+                sample.where,
+                "malformed_row",
+                f"the {span.kind} {text[span.start : span.stop]} is in pixels, and nothing says of which of the row's "
+                f"{len(sizes)} pictures. "
+                'Write "image_index": 0, 1, ... beside it, or give boxes from 0 to 1000, which need no picture.',
+            )
+        size_px, seen_px = _sides(sample, size, boxes)
+        source = _source(boxes)
         box = cut_at_edges(span.numbers, source, scale_of(source, size_px=size_px, seen_px=seen_px))
         return round_box(convert_box(box, source, boxes.target, size_px=size_px, seen_px=seen_px), boxes.target)
 
     return convert
 
 
-def _size_for(span: BoxSpan, text: str, sample: Sample, sizes: Sequence[ImageSize], boxes: Boxes) -> ImageSize | None:
-    """The picture that a box belongs to; None where neither convention asks for one."""
-    in_pixels = boxes.convention in ("xyxy_px", "xywh_px", "resized_px") and boxes.size_px is None
-    if boxes.target != "resized_px" and not in_pixels:
-        return None
+def _restored(span: BoxSpan, boxes: Boxes, size_px: SidesPx, seen_px: SidesPx) -> Numbers:
+    size_px = boxes.size_px or size_px
+    numbers = convert_box(span.numbers, boxes.target, _source(boxes), size_px=size_px, seen_px=seen_px)
+    return round_box(numbers, boxes.convention)
+
+
+def _source(boxes: Boxes) -> BoxConvention:
+    """The data's convention for `convert_box`: pixels of some other resized picture are pixels of that declared size."""
+    return "xyxy_px" if boxes.convention == "resized_px" and boxes.size_px is not None else boxes.convention
+
+
+def _sides(sample: Sample, size: ImageSize | None, boxes: Boxes) -> tuple[SidesPx, SidesPx]:
+    """What pixels in the data and those of the target refer to."""
+    if size is None:
+        return boxes.size_px or NO_SIDES, NO_SIDES
+    return reference_px(sample, size, boxes), size.seen_px
+
+
+def _size_for(span: BoxSpan, text: str, sizes: Sequence[ImageSize]) -> ImageSize | None:
+    """The picture that a box belongs to: the only one, or the one that the text names; None where it names none."""
     index = 0 if len(sizes) == 1 else read_image_index(text, span)
-    if index is not None and index < len(sizes):
-        return sizes[index]
-    says = "says nothing of which" if index is None else f"says image {index}"
-    raise RowError(
-        sample.where,
-        "malformed_row",
-        f"{text[span.start : span.stop]} is a {span.kind} in pixels and {says}, but the row has {len(sizes)} images. "
-        'Write "image_index": 0, 1, ... beside it, or give boxes from 0 to 1000, which need no picture.',
-    )
+    return sizes[index] if index is not None and index < len(sizes) else None

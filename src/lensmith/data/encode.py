@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lensmith.data.boxes import convert_messages
 from lensmith.data.images import check_policy, read_geometry, size_image
 from lensmith.data.skeleton import Fixed, ImageSlot, Run, Skeleton, Templater
 from lensmith.data.video import VideoLimits, read_video_limits, size_video
@@ -165,6 +166,7 @@ class Encoder:
         self, sample: Sample, messages: Sequence[Message], sizes: Sequence[VideoSizes], *, prompt_only: bool
     ) -> Encoded:
         """`sizes`: of each image and video, in the order of their marks."""
+        messages = convert_messages(messages, sample, [size[0] for size in sizes], sample.boxes)
         skeleton = self._skeleton(sample, messages, prompt_only=prompt_only)
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
         ids: list[int] = []

@@ -32,6 +32,8 @@ from lensmith.types import Row
 if TYPE_CHECKING:
     import datasets
 
+    from lensmith.config.tree import Boxes
+
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 """How the Hub names the parts of one data set: train-00000-of-00003.parquet."""
@@ -47,6 +49,8 @@ class Rows(Sequence[Row]):
     """The folder that relative image paths start from; a string where it is at an address."""
     sentences: tuple[str, ...] = ()
     """What was done to have the rows here, to print."""
+    boxes: Boxes | None = None
+    """How boxes are written in its answers, where the format says so."""
 
     @abstractmethod
     def read(self, index: int) -> Row: ...

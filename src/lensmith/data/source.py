@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from lensmith.config.tree import Data, Source
+from lensmith.config.tree import Boxes, Data, Source
 from lensmith.data.headers import Header, read_header
 from lensmith.data.images import check_policy, open_image, size_image
 from lensmith.data.refs import RefReader
@@ -43,13 +43,16 @@ class DataFile:
     weight: float
     limits: TokenLimits | None
     """Of its pictures, where they are not those of data.image."""
+    boxes: Boxes | None
+    """How its boxes are written; None where nothing says so."""
 
 
 class Samples(Sequence[Sample]):
     """A lazy list of samples over one or more files; reading one may raise RowError, for that row alone."""
 
     def __init__(self, files: Sequence[DataFile], *, reasoning: Literal["keep", "drop"]) -> None:
-        self.files, self.reasoning = tuple(files), reasoning
+        self.files = tuple(files)
+        self.reasoning: Literal["keep", "drop"] = reasoning
         self._stops = np.cumsum([len(file.rows) for file in files])
 
     @property
@@ -85,7 +88,8 @@ class Samples(Sequence[Sample]):
         number = int(np.searchsorted(self._stops, index, side="right"))
         file = self.files[number]
         row = file.rows[index - int(self._stops[number]) + len(file.rows)]
-        return to_sample(row, file.layout, file.refs, reasoning=self.reasoning, limits=file.limits, faults=faults)
+        sample = to_sample(row, file.layout, file.refs, reasoning=self.reasoning, limits=file.limits, faults=faults)
+        return sample if file.boxes is None else replace(sample, boxes=file.boxes)
 
 
 class SampleSource:
@@ -201,7 +205,8 @@ def read_samples(data: Data | str | Path, *, which: Which = "train") -> Samples:
         layout = guess_layout(rows, data.columns)
         refs = RefReader(data.image_root or rows.root, allow_urls=data.allow_urls, allow_outside=data.allow_outside)
         own = source.image and TokenLimits(source.image.min_tokens, source.image.max_tokens)
-        files.append(DataFile(rows, layout, refs, source.weight, own))
+        boxes = source.boxes or data.boxes or rows.boxes
+        files.append(DataFile(rows, layout, refs, source.weight, own, boxes))
     return Samples(files, reasoning=data.reasoning)
 
 
