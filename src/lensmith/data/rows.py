@@ -15,14 +15,14 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
+import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
-
-import numpy as np
 
 from lensmith.data.remote import fetch_file, is_remote, parent
 from lensmith.data.spans import Span, csv_delimiter, csv_spans, json_spans, line_spans, starts_array
@@ -108,7 +108,11 @@ class _SpanRows(Rows):
             labels.append(label)
         if not starts:
             raise DataError(f"{path}: no rows in {path.stat().st_size} bytes; is this the right file?")
-        self._starts, self._stops, self._labels = (np.frombuffer(part, np.int64) for part in (starts, stops, labels))
+        self._starts, self._stops, self._labels = starts, stops, labels
+        self._descriptor: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -117,22 +121,23 @@ class _SpanRows(Rows):
         return f"{self.name}:{self._labels[index]}"
 
     def read(self, index: int) -> Row:
-        with self.path.open("rb") as file:
-            return self._read_from(file, index)
-
-    def __iter__(self) -> Iterator[Row]:
-        with self.path.open("rb") as file:
-            for index in range(len(self)):
-                yield self._read_from(file, index)
-
-    def _read_from(self, file: io.BufferedReader, index: int) -> Row:
-        file.seek(self._starts[index])
         where = self.where(index)
         try:
-            text = file.read(self._stops[index] - self._starts[index]).decode("utf-8-sig")
+            text = self._bytes(self._starts[index], self._stops[index]).decode()
         except UnicodeDecodeError as cause:
             raise RowError(where, "not_json", f"is not UTF-8 text ({cause.reason}); save the file as UTF-8.") from cause
-        return Row(where, self.parse(where, text))
+        return Row(where, self.parse(where, text.removeprefix("\ufeff")))
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        if not hasattr(os, "pread"):  # Windows
+            with self.path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+        # Not seek and read: processes that were forked share the place in the file.
+        return os.pread(self._descriptor, stop - start, start)
 
     @abstractmethod
     def parse(self, where: str, text: str) -> Mapping[str, Any]: ...
@@ -151,18 +156,21 @@ class _JsonRows(_SpanRows):
     def parse(self, where: str, text: str) -> Mapping[str, Any]:
         try:
             fields = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as cause:
-            what = (
-                f"{cause.msg}, column {cause.colno}" if isinstance(cause, json.JSONDecodeError) else "nested too deep"
-            )
+        except (ValueError, RecursionError) as cause:  # a plain ValueError: a number of over 4,300 digits
             shown = text.strip()[:60]
             raise RowError(
-                where, "not_json", f"not JSON ({what}): {shown!r}. Each row is one object on one line."
+                where, "not_json", f"not JSON ({_json_fault(cause)}): {shown!r}. Each row is one object on one line."
             ) from cause
         if not isinstance(fields, dict) or not fields:
             kind = "an empty object" if fields == {} else f"a JSON {type(fields).__name__}"
             raise RowError(where, "malformed_row", f"holds {kind}; a row is an object of columns: {{...}}.")
         return fields
+
+
+def _json_fault(cause: ValueError | RecursionError) -> str:
+    if isinstance(cause, json.JSONDecodeError):
+        return f"{cause.msg}, column {cause.colno}"
+    return "nested too deep" if isinstance(cause, RecursionError) else str(cause)
 
 
 class _CsvRows(_SpanRows):
@@ -308,20 +316,22 @@ def _one_split(loaded: Any, name: str, wanted: str | None = None) -> Any:
 
 
 def _open_hub(name: str) -> Rows:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     repository, _, split = name.partition(":")
     try:
         loaded = load_dataset(repository)
-    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled, DatasetsError) as cause:
+    # RuntimeError: the data set is a loading script, which `datasets` no longer runs and neither do we.
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError, OfflineModeIsEnabled, DatasetsError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise DataError(
             f"{name}: there is no such file or folder, "
             f"and no data set of that name could be loaded from the Hugging Face Hub ({reason}); check the name."
         ) from cause
-    return _MappedRows(_one_split(loaded, name, split or None), repository, Path())
+    # Pictures that are files of their own come with the cache's paths to them.
+    return _MappedRows(_one_split(loaded, name, split or None), repository, Path(config.HF_CACHE_HOME))
 
 
 def _near_names(place: Path) -> str:

@@ -84,7 +84,8 @@ def to_sample(
         messages.append(Message(role, tuple(done)))
     if faults:
         images += [ref for entry in draft.listed for ref in entry if ref not in images]
-    others = {name: value for name, value in row.fields.items() if name not in layout.used}
+    used = layout.used
+    others = {name: value for name, value in row.fields.items() if name not in used}
     return Sample(row.where, tuple(messages), tuple(images), others, limits, thoughts)
 
 
@@ -148,7 +149,7 @@ class _Draft:
             for role, parts in turns:
                 if role == "user":
                     parts[:] = [piece for part in parts for piece in _split_marks(part)]
-        num_marks = sum(part == "mark" for _, parts in turns for part in parts)
+        num_marks = sum(isinstance(part, str) for _, parts in turns for part in parts)
         if num_marks == 0 and self.listed:
             self._place_in_front(turns)
             return
@@ -170,7 +171,7 @@ class _Draft:
             )
         pictures = iter(entries)
         for _, parts in turns:
-            parts[:] = [ref for part in parts for ref in (next(pictures) if part == "mark" else (part,))]
+            parts[:] = [ref for part in parts for ref in (next(pictures) if isinstance(part, str) else (part,))]
 
     def _place_in_front(self, turns: list[Turn]) -> None:
         inline = sum(isinstance(part, ImageRef) for _, parts in turns for part in parts)
@@ -199,7 +200,7 @@ def _drop_thoughts(row: Row, turns: Sequence[Turn]) -> None:
         texts = [part.text for part in parts if isinstance(part, Text)]
         if any(map(holds_thought, texts)):
             said = iter(drop_thoughts(texts, row.where))
-            left = [Text(next(said)) if isinstance(part, Text) else part for part in parts]
+            left: list[Draft] = [Text(next(said)) if isinstance(part, Text) else part for part in parts]
             parts[:] = [part for part in left if not isinstance(part, Text) or part.text]
 
 
@@ -238,8 +239,9 @@ def _chat(row: Row, column: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as cause:
-            raise RowError(row.where, "malformed_row", f"{column!r} is a text but not JSON ({cause.msg}).") from cause
+        except (ValueError, RecursionError) as cause:
+            what = cause.msg if isinstance(cause, json.JSONDecodeError) else cause
+            raise RowError(row.where, "malformed_row", f"{column!r} is a text but not JSON ({what}).") from cause
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         found = "no turns" if not value else f"a value of type {type(value).__name__}"
         raise RowError(row.where, "malformed_row", f"{column!r} holds {found}; it must be a list of turns.")
