@@ -144,6 +144,79 @@ def _four_bit_weights_stay_put(config: RunConfig) -> Iterator[Problem]:
             )
 
 
+def _inputs_wait_only_where_layers_run_twice(config: RunConfig) -> Iterator[Problem]:
+    if config.memory.recompute == "none" and config.memory.offload == "inputs":
+        yield Problem(
+            "memory.offload",
+            "has no effect with memory.recompute=none: no layer keeps its input for a second run. Remove it, or set "
+            "memory.recompute=layers.",
+        )
+
+
+def _layers_that_come_and_go_run_twice(config: RunConfig) -> Iterator[Problem]:
+    memory = config.memory
+    if memory.stream_layers and (
+        memory.recompute == "none" or (memory.recompute != "layers" and memory.recompute < memory.stream_layers)
+    ):
+        yield Problem(
+            "memory.stream_layers",
+            f"but memory.recompute={memory.recompute}: a layer whose weights come and go has to run again in the backward "
+            "pass. Set memory.recompute=layers, or stream no more layers than it names.",
+        )
+
+
+def _frozen_head_settings(config: RunConfig) -> Iterator[Problem]:
+    if _language_trains(config):
+        return
+    if config.memory.head == "host" and config.memory.head_bits != 16:
+        yield Problem(
+            "memory.head_bits",
+            "but memory.head=host keeps the head out of GPU memory altogether. Remove one of the two.",
+        )
+
+
+def _what_trains_stays_on_the_gpu(config: RunConfig) -> Iterator[Problem]:
+    memory, tune = config.memory, config.tune
+    moved = [name for name in ("embedding", "head") if getattr(memory, name) == "host"]
+    moved += ["head_bits"] if memory.head_bits != 16 else []
+    moved += ["stream_layers"] if memory.stream_layers else []
+    if _language_trains(config):
+        for name in moved:
+            yield Problem(
+                f"memory.{name}",
+                "but the decoder trains its own weights, and only frozen ones can live in host memory or in few bits. "
+                "Remove it, or set tune.method=lora and tune.language=adapted.",
+            )
+    if memory.tower == "host":
+        for name in ("vision", "merger"):
+            if getattr(tune, name) != "frozen":
+                yield Problem(
+                    "memory.tower",
+                    f"but tune.{name}={getattr(tune, name)}; only a frozen tower can leave the GPU. Remove one.",
+                )
+
+
+def _steps_inside_the_backward_pass(config: RunConfig) -> Iterator[Problem]:
+    if not config.optim.in_backward:
+        return
+    if config.tune.method != "full":
+        yield Problem(
+            "optim.in_backward",
+            f"but tune.method={config.tune.method} has few gradients to save. Remove it, or set tune.method=full.",
+        )
+    if config.optim.max_grad_norm is not None:
+        yield Problem(
+            "optim.in_backward",
+            f"but optim.max_grad_norm={config.optim.max_grad_norm:g} needs all gradients at once to take their norm. "
+            "Set optim.max_grad_norm=null.",
+        )
+
+
+def _language_trains(config: RunConfig) -> bool:
+    tune = config.tune
+    return tune.language == "trained" or (tune.method == "full" and tune.language == "adapted")
+
+
 WITHOUT_EFFECT: tuple[Rule, ...] = (
     _adapter_settings_need_an_adapter,
     _projections_need_a_moving_language,
@@ -152,10 +225,15 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rates_need_a_moving_part,
     _dropout_turns_sharing_off,
     _rounds_of_questions_need_a_test_set,
+    _inputs_wait_only_where_layers_run_twice,
 )
 CONTRADICTIONS: tuple[Rule, ...] = (
     _image_range_is_not_empty,
     _a_moving_language_has_projections,
     _something_is_trained,
     _four_bit_weights_stay_put,
+    _layers_that_come_and_go_run_twice,
+    _frozen_head_settings,
+    _what_trains_stays_on_the_gpu,
+    _steps_inside_the_backward_pass,
 )

@@ -25,7 +25,7 @@ from lensmith.model.attention import Layout, attend, build_layout, kept_runs, se
 from lensmith.model.head import token_logprobs
 from lensmith.model.hosted import HostHead, Visitors
 from lensmith.model.kernels import rms_norm, rotate, swiglu
-from lensmith.model.lora import project
+from lensmith.model.lora import Shadows, project
 from lensmith.model.quant import FewBitHead
 from lensmith.model.recompute import HostBuffers, Waiting, recomputed
 from lensmith.model.vision import encode_images
@@ -62,6 +62,7 @@ class Engine(Qwen3VLForConditionalGeneration):
     """The first layers, where their frozen weights live in host memory."""
     keeps_random: bool = False
     """Whether layers draw random numbers (adapter dropout), which their second run must draw again."""
+    _shadows: Shadows | None = None
     stays: bool = False
     """Whether weights have been given their places, so that nobody moves the model as a whole any more."""
 
@@ -94,6 +95,7 @@ class Engine(Qwen3VLForConditionalGeneration):
         """Log-probability of each learned token of the pack, in the order of the tokens; fp32 (float64 in float64)."""
         decoder, device = self.model.language_model, self.place
         route = self._route(pack)
+        self._refresh_shadows()
         deepstack: Sequence[Tensor] = ()
         if len(pack.grids):
             pixels = pack.pixels.to(device, non_blocking=True)
@@ -116,6 +118,14 @@ class Engine(Qwen3VLForConditionalGeneration):
                 hidden = hidden.index_add(0, route.image_rows, deepstack[index].to(hidden.dtype))
         hidden = rms_norm(decoder.norm, hidden)[route.predictors]
         return token_logprobs(hidden, self._head_weight(), route.targets)
+
+    def _refresh_shadows(self) -> None:
+        dtype = self.model.language_model.norm.weight.dtype
+        if dtype in (torch.float32, torch.float64):
+            return
+        if self._shadows is None or not self._shadows.layers:
+            self._shadows = Shadows(self, dtype)
+        self._shadows.refresh()
 
     def _embed(self, pack: Pack) -> Float[Tensor, "tokens width"]:
         embed = self.model.language_model.embed_tokens

@@ -141,22 +141,26 @@ class HostHead(nn.Module):
         """See `HeadWeight`; each piece is copied while the one before it is used."""
         words = max(1, min(words, PIECE_BYTES // (self.weight.shape[1] * self.weight.element_size())))
         starts = range(0, len(self.weight), words)
-        coming = self._copy(starts[0], words)
+        places = [torch.empty_like(self.weight[:words], device=self.device) for _ in range(2)]
+        arrived = self._send(starts[0], places[0])
         for number, start in enumerate(starts):
-            piece, arrived = coming
-            if number + 1 < len(starts):
-                coming = self._copy(starts[number + 1], words)
-            if arrived is not None:
+            if self._stream is not None:
                 torch.cuda.current_stream().wait_event(arrived)
-                piece.record_stream(torch.cuda.current_stream())
+            piece = places[number % 2][: len(self.weight) - start]
+            if number + 1 < len(starts):
+                # Into the other place, once the work on what stands there is done.
+                arrived = self._send(starts[number + 1], places[(number + 1) % 2])
             yield start, piece
 
-    def _copy(self, start: int, words: int) -> tuple[Tensor, Any]:
-        part = self.weight.detach()[start : start + words]
+    def _send(self, start: int, place: Tensor) -> Any:
+        part = self.weight.detach()[start : start + len(place)]
         if self._stream is None:
-            return part.to(self.device), None
+            place[: len(part)].copy_(part)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            return part.to(self.device, non_blocking=True), self._stream.record_event()
+            place[: len(part)].copy_(part, non_blocking=True)
+            return self._stream.record_event()
 
     def forward(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... vocab"]:
         return torch.cat([hidden @ piece.T for _, piece in self.pieces(len(self.weight))], dim=-1)

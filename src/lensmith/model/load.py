@@ -133,10 +133,12 @@ def _own_weights_sentences(config: RunConfig, dtype: torch.dtype) -> list[str]:
     if dtype is torch.float16:
         widened = "the whole model is" if "language" in trained else "tower and mergers are"
         return [f"Training {names} itself: {widened} widened to fp32, because a loss scaler needs fp32 weights."]
+    if config.optim.rounding == "stochastic":
+        return [f"Training {names} itself in bf16: updates are computed in fp32 and rounded stochastically."]
     adapt = "tune.method=lora" if config.tune.method == "full" else f"tune.{trained[0]}=adapted"
     return [
         f"Warning: {names} trains its own weights in bf16, where most updates of 1e-5 round to nothing. "
-        f"Set {adapt} (adapters are fp32), or precision=fp32 where memory allows."
+        f"Set optim.rounding=stochastic, {adapt} (adapters are fp32), or precision=fp32 where memory allows."
     ]
 
 

@@ -67,6 +67,36 @@ def _split(linear: Any) -> _Part | None:
     return _Part(base, down, up, scale)
 
 
+class Shadows:
+    """All adapters of a model in the type that it computes in, made once per pass instead of at every use.
+
+    2 bytes per adapter weight (0.08 GiB at 8B and rank 16) for fourteen small kernels per layer and run. Made new by each
+    `refresh`, whoever moved the adapters and however.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self.dtype = dtype
+        self._sources: list[Tensor] = []
+        self._copies: list[Tensor] = []
+
+    def refresh(self) -> None:
+        """Read the adapters as they are now."""
+        sources = [p for layer in self.layers for pair in (layer.lora_A, layer.lora_B) for p in pair.parameters()]
+        if [id(source) for source in sources] != [id(source) for source in self._sources]:
+            self._sources = sources
+            self._copies = [torch.empty_like(source, dtype=self.dtype) for source in sources]
+            for source, copy in zip(sources, self._copies, strict=True):
+                source.shadow = copy  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.no_grad():
+            torch._foreach_copy_(self._copies, self._sources)
+
+
+def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    shadow = getattr(weight, "shadow", None)
+    return shadow if shadow is not None and shadow.dtype is dtype else weight.to(dtype)
+
+
 class _MergedLinears(torch.autograd.Function):
     """Tensors come as down, up of each linear; None where it has no adapter."""
 
@@ -115,8 +145,8 @@ class _LinearsBeside(torch.autograd.Function):
         for base, scale, (down_RI, up_OR) in zip(bases, scales, _pairs(tensors), strict=True):
             y_TO = x_TI @ dense_weight(base, x_TI.dtype).T
             if down_RI is not None:
-                thin_TR = x_TI @ down_RI.to(x_TI.dtype).T
-                y_TO.addmm_(thin_TR, up_OR.to(x_TI.dtype).T, alpha=scale)
+                thin_TR = x_TI @ _in_type(down_RI, x_TI.dtype).T
+                y_TO.addmm_(thin_TR, _in_type(up_OR, x_TI.dtype).T, alpha=scale)
                 thins.append(thin_TR)
             outputs.append(y_TO)
         ctx.bases, ctx.scales, ctx.num_thins = bases, scales, len(thins)
@@ -127,21 +157,22 @@ class _LinearsBeside(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, *saved = ctx.saved_tensors
         thins, tensors = iter(saved[: ctx.num_thins]), saved[ctx.num_thins :]
-        grad_x: Tensor | None = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
+        grad_x: Tensor | None = None
         found: list[Tensor | None] = []
         for base, scale, grad_TO, (down_RI, up_OR) in zip(ctx.bases, ctx.scales, grads, _pairs(tensors), strict=True):
-            if grad_x is not None:
-                grad_x.addmm_(grad_TO, dense_weight(base, x_TI.dtype))
+            if ctx.needs_input_grad[0]:
+                weight_OI = dense_weight(base, x_TI.dtype)
+                grad_x = grad_TO @ weight_OI if grad_x is None else grad_x.addmm_(grad_TO, weight_OI)
             if down_RI is None:
                 found += [None, None]
                 continue
-            back_TR = (grad_TO @ up_OR.to(x_TI.dtype)).mul_(scale)
+            back_TR = (grad_TO @ _in_type(up_OR, x_TI.dtype)).mul_(scale)
             found += [
                 (back_TR.T @ x_TI).to(down_RI.dtype),
                 (grad_TO.T @ next(thins)).to(up_OR.dtype).mul_(scale),
             ]
             if grad_x is not None:
-                grad_x.addmm_(back_TR, down_RI.to(x_TI.dtype))
+                grad_x.addmm_(back_TR, _in_type(down_RI, x_TI.dtype))
         return grad_x, None, None, *found
 
 

@@ -6,8 +6,10 @@ transformers' own default keeps only `lm_head` and quantises the image tower and
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -124,7 +126,25 @@ def dense_weight(linear: Any, dtype: torch.dtype) -> Float[Tensor, "outputs inpu
     if buffer is None or buffer.nbytes < size:
         buffer = _dense[weight.device] = torch.empty(size, dtype=torch.uint8, device=weight.device)
     out = buffer[:size].view(state.dtype).view(state.shape)
+    if _kernel_reads(state):
+        from lensmith.model.nf4 import widen
+
+        return widen(weight.data, state, out).to(dtype)
     return dequantize_4bit(weight.data, state, out=out).to(dtype)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton's compiler is here (Linux; with torch's CUDA builds)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _kernel_reads(state: Any) -> bool:
+    if not has_triton():
+        return False
+    from lensmith.model.nf4 import can_widen
+
+    return can_widen(state)
 
 
 def settle_linears(model: nn.Module, dtype: torch.dtype) -> None:

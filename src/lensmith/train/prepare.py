@@ -16,14 +16,16 @@ import torch
 from jaxtyping import Int
 from torch import nn
 
-from lensmith.config.tree import RunConfig
+from lensmith.config.tree import PACK_TOKENS, RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.data.loader import StepDataset, StepPlan, plan_steps
-from lensmith.data.scan import PACK_TOKENS, Scan, hold_out, scan_source
+from lensmith.data.scan import Scan, hold_out, scan_source
 from lensmith.data.source import open_source
+from lensmith.errors import ConfigError
 from lensmith.model.adapters import check_tune, prepare_trainable
 from lensmith.model.components import census_table, take_census
 from lensmith.model.load import Loaded, load_model
+from lensmith.model.residence import check_frozen
 from lensmith.model.versions import check_versions, environment
 from lensmith.rundir import RunDir, checkpoint_step
 from lensmith.train.ranks import rank, refuse_data_parallel, world_size
@@ -75,6 +77,8 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     train, held_out = scan_rows(config, encoder, loaded.device, say)
     plan, dataset = _plan(config, loaded, encoder, train, say)
     model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
+    check_frozen(model)
+    loaded.model.keeps_random = config.tune.dropout > 0
     say(census_table(take_census(model)))
     return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out)
 
@@ -150,11 +154,24 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
         rank=rank(),
         world=world_size(),
     )
+    if config.optim.in_backward:
+        _check_single_packs(dataset, config)
     say(
         f"{counted(len(plan.steps), 'step')} of {counted(config.optim.effective_samples, 'sample')}, {plan.per_epoch:,} an "
         f"epoch; the first is {counted(len(dataset.members(0)), 'pack')} of at most {dataset.budget_tokens:,} tokens."
     )
     return plan, dataset
+
+
+def _check_single_packs(dataset: StepDataset, config: RunConfig) -> None:
+    """Raise ConfigError where a step takes several packs: their gradients would have to be added up before the update."""
+    for step in range(len(dataset)):
+        if (packs := len(dataset.members(step))) > 1:
+            raise ConfigError(
+                f"optim.in_backward=true: step {step + 1} needs {packs} packs of {dataset.budget_tokens:,} tokens, and a "
+                f"weight that is updated inside the backward pass cannot wait for the second. Lower "
+                f"optim.effective_samples (now {config.optim.effective_samples}) or raise pack.tokens."
+            )
 
 
 def check_first_packs(prepared: Prepared) -> str:

@@ -67,6 +67,15 @@ class GradientGuard:
                 "overflow; the last checkpoint is from before."
             )
 
+    def after_moving(self, norm: Tensor | None, step: int) -> None:
+        """For steps taken inside the backward pass. Raises RunError where the norm is not finite: the weights have moved."""
+        if norm is not None and not torch.isfinite(norm):
+            raise RunError(
+                f"Step {step}: loss or gradient is not finite, and with optim.in_backward=true the weights have moved "
+                f"already. Its rows: {', '.join(self.wheres[:NAMED_ROWS])}. Go on from the last checkpoint with a lower "
+                "optim.learning_rate, or with optim.in_backward=false, which skips such steps."
+            )
+
 
 class StopOnInterrupt(TrainerCallback):
     """Ends training with a checkpoint after the step under way, once `asked` is set."""

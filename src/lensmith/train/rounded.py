@@ -13,6 +13,8 @@ States: fp32; or bitsandbytes' 8-bit blocks (arXiv:2110.02861), in GPU memory or
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -52,14 +54,16 @@ class RoundedAdamW(torch.optim.Optimizer):
         self.square_norms: list[Tensor] = []
         """Of the gradients dropped since the last `step`; with in_backward only."""
         if in_backward:
-            self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-            for parameter in self._group_of:
-                parameter.register_post_accumulate_grad_hook(self._step_inside)
+            self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+            myself = weakref.ref(self)  # parameters must not keep their optimizer alive
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                parameter.register_post_accumulate_grad_hook(functools.partial(_step_inside, myself))
 
-    def _step_inside(self, parameter: Tensor) -> None:
+    def step_inside(self, parameter: Tensor) -> None:
+        """Update one weight whose gradient is complete, and drop the gradient."""
         assert parameter.grad is not None, "autograd calls this when it has just added to it"
-        self.square_norms.append(parameter.grad.float().square().sum())
-        self._update(parameter, self._group_of[parameter])  # pyright: ignore[reportArgumentType]
+        self.square_norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
+        self._update(parameter, self._group_of[id(parameter)])  # pyright: ignore[reportArgumentType]
         parameter.grad = None
 
     def grad_norm(self) -> Tensor | None:
@@ -117,6 +121,11 @@ class RoundedAdamW(torch.optim.Optimizer):
         if wide.device not in self._generators:
             self._generators[wide.device] = torch.Generator(wide.device).manual_seed(self._seed)
         return round_stochastically(wide, self._generators[wide.device])
+
+
+def _step_inside(optimizer: weakref.ref[RoundedAdamW], parameter: Tensor) -> None:
+    if (alive := optimizer()) is not None:
+        alive.step_inside(parameter)
 
 
 def round_stochastically(wide: Float[Tensor, " n"], generator: torch.Generator) -> Float[Tensor, " n"]:

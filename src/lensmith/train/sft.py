@@ -26,6 +26,8 @@ from lensmith.model.adapters import TUNED_FOLDER, save_tuned
 from lensmith.model.components import learning_rates, parameter_groups
 from lensmith.model.names import TINY
 from lensmith.rundir import naming_full_disk
+from lensmith.train.measure import own_optimizer
+from lensmith.train.oom import MemoryGuard
 from lensmith.train.prepare import Prepared, Say, check_first_packs, prepare_run
 from lensmith.train.ranks import rank, speaker
 from lensmith.train.recover import GradientGuard, StopOnInterrupt, interruptible
@@ -122,7 +124,6 @@ def _build_trainer(
     prepared: Prepared, say: Say, on_stats: Callable[[StepStats], None], callbacks: list[TrainerCallback]
 ) -> SFTTrainer:
     config, loaded = prepared.config, prepared.loaded
-    loaded.model.recompute = config.memory.recompute
     gpu = loaded.device.type == "cuda"
     return SFTTrainer(
         model=prepared.model,
@@ -132,8 +133,16 @@ def _build_trainer(
         groups=parameter_groups(prepared.model, config.optim, config.tune.method),
         run=prepared.run,
         guard=GradientGuard(say),
+        memory=MemoryGuard(
+            loaded.model,
+            prepared.run,
+            say,
+            budget_tokens=prepared.dataset.budget_tokens,
+            in_backward=config.optim.in_backward,
+        ),
         on_stats=on_stats,
         callbacks=callbacks,
+        own_optimizer=own_optimizer(prepared.model, config),
     )
 
 

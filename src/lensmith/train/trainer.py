@@ -7,7 +7,7 @@ the stock trainer beside this one in float64.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +25,10 @@ from trl.trainer.sft_config import SFTConfig
 from lensmith.data.loader import StepPacks
 from lensmith.model.adapters import TUNED_FOLDER, kept_values, restore_tuned, save_tuned
 from lensmith.rundir import RunDir
+from lensmith.train.oom import MemoryGuard
+from lensmith.train.ranks import sum_gradients
 from lensmith.train.recover import GradientGuard
+from lensmith.train.rounded import RoundedAdamW
 from lensmith.types import Pack, StepStats
 
 GIB = 2**30
@@ -44,8 +47,10 @@ class SFTTrainer(sft_trainer.SFTTrainer):
         groups: Sequence[dict[str, Any]],
         run: RunDir,
         guard: GradientGuard,
+        memory: MemoryGuard,
         on_stats: Callable[[StepStats], None],
         callbacks: Sequence[TrainerCallback] = (),
+        own_optimizer: RoundedAdamW | None = None,
     ) -> None:
         # TRL wants a Dataset and looks for images in its first row; ours are read by the loader, this one only counts.
         rows = Dataset.from_dict({"images": list(range(len(loader)))})
@@ -55,7 +60,9 @@ class SFTTrainer(sft_trainer.SFTTrainer):
             )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.loader, self.groups, self.run_dir, self.guard, self.on_stats = loader, groups, run, guard, on_stats
+        self.loader, self.groups, self.run_dir = loader, groups, run
+        self.guard, self.memory, self.on_stats = guard, memory, on_stats
+        self.own_optimizer = own_optimizer
         self._meter = _Meter()
 
     @property
@@ -87,29 +94,41 @@ class SFTTrainer(sft_trainer.SFTTrainer):
     ) -> Tensor:
         if not model.training:  # a walk over all modules, at every step
             model.train()
-        total = torch.zeros((), device=self.args.device)
-        for number, pack in enumerate(inputs.packs):
-            last = number == len(inputs.packs) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, pack, num_items_in_batch=inputs.learned_tokens)
-                self.accelerator.backward(loss)
-            total = total + loss.detach()
-        return total
+        total = self.memory.take_step(
+            self.state.global_step + 1,
+            inputs.packs,
+            take_pack=functools.partial(self._take_pack, model, inputs.learned_tokens),
+            drop_gradients=functools.partial(self.tuned.zero_grad, set_to_none=True),
+        )
+        sum_gradients(self.tuned.parameters())
+        return total * self.accelerator.num_processes  # transformers logs the mean over processes
+
+    def _take_pack(self, model: nn.Module, learned_tokens: int, pack: Pack) -> Tensor:
+        """One pack forward and backward; returns its share of the step's loss."""
+        with self.accelerator.no_sync(model):  # see lensmith.train.ranks
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, pack, num_items_in_batch=learned_tokens)
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def compute_loss(  # type: ignore[override]  packs instead of a dict of tensors
         self, model: nn.Module, inputs: Pack, return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> Tensor:
-        # DDP averages gradients over processes, but the count is already the whole step's: take the average back.
-        return -model(pack=inputs).sum() * (self.accelerator.num_processes / num_items_in_batch)
+        return -model(pack=inputs).sum() / num_items_in_batch
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.own_optimizer
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class([dict(group) for group in self.groups], **settings)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        if self.own_optimizer is not None and self.own_optimizer.in_backward:
+            norm = self.own_optimizer.grad_norm()
+            self.guard.after_moving(norm, self.state.global_step + 1)
+            return norm
         self.guard.before_clipping(self.tuned, self.state.global_step + 1)
         norm = super()._clip_grad_norm(model)
         self.guard.after_clipping(self.tuned, norm, self.state.global_step + 1, scaled=self.args.fp16)
