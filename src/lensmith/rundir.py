@@ -4,6 +4,7 @@
         config.yaml               the resolved settings, written before anything is loaded
         environment.json          versions and hardware
         metrics.jsonl             one optimizer step per line
+        oom.jsonl                 only where GPU memory ran out: which step, which rows, what was done
         predictions-before.jsonl  answers to the held-out questions; -after, and -step-000200 on the way
         checkpoints/step-000200/  whole or not there: written under another name, then renamed
 
@@ -50,6 +51,14 @@ MAY_CHANGE = (
     "log.report_to",
     "save.every_steps",
     "save.keep",
+    "memory.recompute",
+    "memory.offload",
+    "memory.embedding",
+    "memory.head",
+    "memory.tower",
+    "memory.stream_layers",
+    "memory.vision_cache_gib",
+    "memory.vision_cache_dir",
 )
 """Settings that may differ on resuming: they do not change what the steps already taken would have been, except that
 the learning rates of a schedule stretch with its length, which `check_same` says."""
@@ -64,6 +73,7 @@ class RunDir:
         self.config_path = self.path / "config.yaml"
         self.environment_path = self.path / "environment.json"
         self.metrics_path = self.path / "metrics.jsonl"
+        self.oom_path = self.path / "oom.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
 
     def __repr__(self) -> str:
@@ -158,22 +168,32 @@ class RunDir:
 
     def append_metrics(self, stats: DataclassInstance) -> None:
         """One optimizer step as one line, on disk before the next step begins."""
-        line = json.dumps(dataclasses.asdict(stats)) + "\n"
-        with naming_full_disk(self.path), self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        self._append(self.metrics_path, stats)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All steps so far; a last line that a kill cut short is left out."""
-        if not self.metrics_path.is_file():
-            return []
-        text = self.metrics_path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return _read_lines(self.metrics_path)
+
+    def append_oom(self, shortage: DataclassInstance) -> None:
+        """One pack that did not fit the GPU as one line; see `lensmith.train.oom.Shortage`."""
+        self._append(self.oom_path, shortage)
+
+    def read_oom(self) -> list[dict[str, Any]]:
+        """Every pack so far that did not fit, oldest first."""
+        return _read_lines(self.oom_path)
 
     def truncate_metrics(self, step: int) -> None:
         """Forget the steps after `step`: resuming from its checkpoint takes them again."""
-        kept = [stats for stats in self.read_metrics() if stats["step"] <= step]
         with naming_full_disk(self.path):
-            _write_whole(self.metrics_path, "".join(json.dumps(stats) + "\n" for stats in kept))
+            for path in (self.metrics_path, self.oom_path):
+                if path.is_file():
+                    kept = [line for line in _read_lines(path) if line["step"] <= step]
+                    _write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _append(self, path: Path, noun: DataclassInstance) -> None:
+        line = json.dumps(dataclasses.asdict(noun)) + "\n"
+        with naming_full_disk(self.path), path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def predictions_path(self, name: str) -> Path:
         """Where the answers of one evaluation belong: `before`, `after`, `step-000200`."""
@@ -277,6 +297,13 @@ def explain_full_disk(cause: BaseException | None, folder: Path) -> str | None:
 
 def _told(values: Mapping[str, Any], path: str) -> str:
     return write_value(values[path]) if path in values else "without effect"
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ def describe_run(run: RunDir) -> dict[str, Any]:
         "train_s": train_s,
         "samples_per_s": samples / train_s if train_s else None,
         "peak_gib": max((stats["peak_gib"] for stats in metrics), default=None),
+        "oom": run.read_oom(),
         "last": metrics[-1] if metrics else None,
         "loss": [stats["loss"] for stats in metrics],
         "checkpoint": str(latest) if latest else None,
@@ -78,6 +79,7 @@ def run_screen(run: RunDir) -> Iterator[str]:
     yield from (f"  {path}: {write_value(value)}" for path, value in told["settings"].items())
     if not told["last"]:
         yield "\nno step taken yet"
+        yield from _shortages(told["oom"])
         return
     last = told["last"]
     yield f"\nloss, {told['loss'][0]:.3f} -> {last['loss']:.3f} over {told['steps']} steps"
@@ -87,8 +89,20 @@ def run_screen(run: RunDir) -> Iterator[str]:
     waited_s = sum(stats["data_wait_s"] for stats in run.read_metrics())
     memory = f", {told['peak_gib']:.1f} GiB at most" if told["peak_gib"] else ""
     yield f"  {waited_s / told['train_s'] if told['train_s'] else 0:.0%} of it waiting for data{memory}"
+    yield from _shortages(told["oom"])
     yield f"\nnewest checkpoint: {told['checkpoint'] or 'none yet'}"
     yield from _answers(run)
+
+
+def _shortages(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """How often GPU memory ran out, and what came of it."""
+    if not lines:
+        return
+    last = lines[-1]
+    times = "once" if len(lines) == 1 else f"{len(lines):,} times, last"
+    lowered = last["budget_after_tokens"] < lines[0]["budget_before_tokens"]
+    since = f"; packs hold at most {last['budget_after_tokens']:,} tokens since" if lowered else ""
+    yield f"  GPU memory ran out {times} in step {last['step']}{since}; oom.jsonl names the rows"
 
 
 def _answers(run: RunDir) -> Iterator[str]:

@@ -23,6 +23,7 @@ from lensmith.model.adapters import prepare_trainable
 from lensmith.model.components import parameter_groups
 from lensmith.model.engine import Engine
 from lensmith.rundir import RunDir
+from lensmith.train.oom import MemoryGuard
 from lensmith.train.recover import GradientGuard
 from lensmith.train.trainer import SFTTrainer
 from lensmith.types import Pack, Segment
@@ -178,6 +179,7 @@ def ours(model, folder, processor, loader, guard=None, **more):
         groups=parameter_groups(model, Optim(learning_rate=RATE), "lora"),
         run=RunDir(folder),
         guard=guard or GradientGuard(lambda _: None),
+        memory=MemoryGuard(model.base_model.model, RunDir(folder), lambda _: None, budget_tokens=10**6),
         on_stats=seen.append,
     )
     return trainer, seen
