@@ -11,7 +11,7 @@ import re
 import sys
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from lensmith.data.cache import keep_file, open_cached
 from lensmith.data.fetch import MAX_BYTES
@@ -86,7 +86,7 @@ def open_remote(address: str) -> BinaryIO:
 def _fetch(address: str) -> BytesIO:
     try:
         files, path = open_file_system(address)
-        content = files.cat_file(path, start=0, end=MAX_BYTES + 1)
+        content = cast("bytes", files.cat_file(path, start=0, end=MAX_BYTES + 1))
     except FileNotFoundError as cause:
         raise RowError(address, "missing_file", "there is no such file.") from cause
     except (DataError, *faults()) as cause:

@@ -84,6 +84,10 @@ class Scan:
         about = (self._about_images, self._about_shrunk, self._about_answers, self._about_thoughts, self._about_refused)
         return (*(sentence for tell in about if (sentence := tell())), self._about_rows())
 
+    def remarks(self) -> tuple[str, ...]:
+        """Those of the sentences that are about what answers hold."""
+        return tuple(sentence for tell in (self._about_answers, self._about_thoughts) if (sentence := tell()))
+
     def _about_images(self) -> str:
         images = self.images
         if not images.pictures:
