@@ -23,6 +23,7 @@ from lensmith.data.boxes import (
     SidesPx,
     annotated_px,
     corners_of,
+    count_videos_once,
     marking_texts,
     reference_px,
     scale_of,
@@ -145,7 +146,7 @@ def audit_boxes(sample: Sample, sizes: Sequence[ImageSize], declared: Boxes | No
     speaks: where they cannot be but fit another convention, that is the finding.
 
     Args:
-        sizes: of `sample.images`, in that order.
+        sizes: of its pictures in the order of their marks, as in `Encoded.images`.
         declared: how the data says that boxes are written; None where it says nothing.
     """
     marks = list(_marks(sample, sizes, declared))
@@ -197,7 +198,7 @@ def _fitting_all(tally: BoxTally) -> tuple[BoxConvention, ...]:
 
 
 def _marks(sample: Sample, sizes: Sequence[ImageSize], declared: Boxes | None) -> Iterator[_Mark]:
-    pictures = [(reference_px(sample, size, declared), size.seen_px) for size in sizes]
+    pictures = [(reference_px(sample, size, declared), size.seen_px) for size in count_videos_once(sizes)]
     fallback = declared.size_px if declared is not None and declared.size_px is not None else NO_SIDES
     for role, bare, text in marking_texts(sample, declared):
         for span in find_boxes(text, bare=bare):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from lensmith.data.box_text import BoxSpan, read_image_index, rewrite_boxes
 from lensmith.errors import RowError
-from lensmith.types import Message, Text
+from lensmith.types import Message, Moment, Text
 
 if TYPE_CHECKING:
     from lensmith.config.tree import BoxConvention, Boxes
@@ -135,7 +135,7 @@ def convert_sample(sample: Sample, sizes: Sequence[ImageSize], boxes: Boxes | No
     """The sample with the boxes in its questions and answers as the model speaks them (`boxes.target`).
 
     Args:
-        sizes: of its pictures, in the order of their marks; a video counts as one, by any of its moments.
+        sizes: of its pictures in the order of their marks, as in `Encoded.images`; a video counts as one picture.
         boxes: how they are written in the data; None, or no difference to the target, leaves the sample as it is.
 
     Raises:
@@ -151,7 +151,8 @@ def convert_messages(
     """The same for some of the sample's messages, such as those of a prompt."""
     if boxes is None or _is_spoken(boxes):
         return messages
-    return tuple(_converted(message, sample, sizes, boxes) for message in messages)
+    pictures = count_videos_once(sizes)
+    return tuple(_converted(message, sample, pictures, boxes) for message in messages)
 
 
 def restore_answer(text: str, sample: Sample, sizes: Sequence[ImageSize]) -> str:
@@ -166,8 +167,10 @@ def restore_answer(text: str, sample: Sample, sizes: Sequence[ImageSize]) -> str
     if boxes is None or _is_spoken(boxes):
         return text
 
+    pictures = count_videos_once(sizes)
+
     def restore(span: BoxSpan) -> Numbers:
-        size = _size_for(span, text, sizes) if _needs_picture(boxes) else None
+        size = _size_for(span, text, pictures) if _needs_picture(boxes) else None
         if size is None and _needs_picture(boxes):
             return span.numbers
         return _restored(span, boxes, *_sides(sample, size, boxes))
@@ -185,6 +188,11 @@ def restore_text(text: str, size_px: SidesPx, seen_px: SidesPx, boxes: Boxes | N
     if boxes is None or _is_spoken(boxes):
         return text
     return rewrite_boxes(text, lambda span: _restored(span, boxes, size_px, seen_px), bare=True)
+
+
+def count_videos_once(sizes: Sequence[ImageSize]) -> list[ImageSize]:
+    """One size per picture or video: the moments of a video are all of one size."""
+    return [size for size in sizes if not isinstance(size.ref, Moment) or size.ref.index == 0]
 
 
 def reference_px(sample: Sample, size: ImageSize, boxes: Boxes | None) -> SidesPx:

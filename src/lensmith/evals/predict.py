@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lensmith.config.tree import Eval, Images
+from lensmith.data.boxes import restore_answer
 from lensmith.data.encode import Encoder
 from lensmith.data.images import grid_of, read_patches
 from lensmith.errors import DataError
@@ -51,7 +52,7 @@ class Prediction:
     reference: str
     """The answer in the data; empty where there is none."""
     answer: str
-    """Without special tokens, otherwise as generated."""
+    """Without special tokens and with boxes as the data writes them, otherwise as generated."""
     tokens: int
     """Generated, without the end mark."""
     stopped: bool
@@ -186,6 +187,8 @@ def answer_samples(
             if progress is not None:
                 progress(len(answers), len(samples))
     texts = processor.tokenizer.batch_decode([answers[i][0] for i in range(len(samples))], skip_special_tokens=True)
+    asked = zip(texts, samples, prompts, strict=True)
+    texts = [restore_answer(text, sample, prompt.images) for text, sample, prompt in asked]
     return [
         Prediction(sample.where, sample.question, sample.answer, text, len(answers[index][0]), answers[index][1])
         for index, (sample, text) in enumerate(zip(samples, texts, strict=True))
