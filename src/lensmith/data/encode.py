@@ -17,6 +17,7 @@ template that rewrites texts (drops earlier reasoning, strips white space) is no
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -169,30 +170,30 @@ class Encoder:
         messages = convert_messages(messages, sample, [size[0] for size in sizes], sample.boxes)
         skeleton = self._skeleton(sample, messages, prompt_only=prompt_only)
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
-        ids: list[int] = []
+        ids = array("i")  # grows in a fraction of the time that a list takes to become a numpy array
         learned: list[slice] = []
         marks = iter(sizes)
         prefix_tokens = 0
         for piece in skeleton.pieces:
             start = len(ids)
             if isinstance(piece, Fixed):
-                ids += piece.ids
+                ids.extend(piece.ids)
             elif isinstance(piece, Run):
-                ids += self._templater.tokenise(piece.fill(texts))
+                ids.extend(self._templater.tokenise(piece.fill(texts)))
             else:
                 if isinstance(piece, ImageSlot):
-                    ids += [self.image_token_id] * next(marks)[0].tokens
+                    ids += array("i", (self.image_token_id,)) * next(marks)[0].tokens
                 else:
-                    ids += self._video_ids(next(marks))
-                ids += piece.closing
+                    ids.extend(self._video_ids(next(marks)))
+                ids.extend(piece.closing)
                 # A prefix with an answer inside could not be shared: its labels would be lost in the branches.
                 prefix_tokens = 0 if learned else len(ids)
             if piece.learned:
                 learned.append(slice(start, len(ids)))
-        input_ids = np.array(ids, dtype=np.int32)
-        labels = np.full_like(input_ids, IGNORE)
+        labels = array("i", (IGNORE,)) * len(ids)
         for span in learned:
-            labels[span] = input_ids[span]
+            labels[span] = ids[span]
+        input_ids, labels = np.frombuffer(ids, np.int32), np.frombuffer(labels, np.int32)
         return Encoded(sample.where, input_ids, labels, tuple(itertools.chain.from_iterable(sizes)), prefix_tokens)
 
     def _video_ids(self, moments: VideoSizes) -> Iterator[int]:
