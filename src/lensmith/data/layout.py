@@ -6,7 +6,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lensmith.errors import DataError, RowError
@@ -23,6 +23,7 @@ IMAGE_NAMES = (
     "image", "images", "image_path", "image_paths", "image_file", "image_files", "img", "imgs", "img_path", "file_name",
     "filename", "picture", "photo", "image_url", "image_id", "path", "file",
 )  # fmt: skip
+VIDEO_NAMES = ("video", "videos", "video_path", "video_paths", "video_file", "video_files", "video_url", "clip")
 QUESTION_NAMES = ("question", "query", "prompt", "instruction", "problem", "user", "input")
 ANSWER_NAMES = (
     "answer", "response", "solution", "output", "completion", "assistant", "ground_truth", "target", "caption", "label",
@@ -44,11 +45,13 @@ class Layout:
     system: str | None
     sentence: str
     """What was guessed, in one line to print."""
+    video: tuple[str, ...] = ()
 
     @property
     def used(self) -> frozenset[str]:
         """Columns that the sample is made of."""
-        return frozenset(name for name in (self.chat, *self.image, self.question, self.answer, self.system) if name)
+        names = (self.chat, *self.image, *self.video, self.question, self.answer, self.system)
+        return frozenset(name for name in names if name)
 
 
 def guess_layout(rows: Rows, columns: Columns) -> Layout:
@@ -70,21 +73,26 @@ def guess_layout(rows: Rows, columns: Columns) -> Layout:
         both = tuple(name for name in seen if name.lower() in ("image", "images"))
         found = _find(seen, IMAGE_NAMES, taken=(chat, columns.question, columns.answer))
         image = both or ((found,) if found else ())
+    if columns.video:
+        video = (columns.video,)
+    else:
+        found = _find(seen, VIDEO_NAMES, taken=(chat, *image, columns.question, columns.answer))
+        video = (found,) if found else ()
     system = columns.system or _find(seen, SYSTEM_NAMES)
     if chat is not None:
         kind = "conversations" if _speaker_key(seen[chat]) == "from" else "messages"
         question = answer = None
     else:
         kind = "table"
-        question = columns.question or _find(seen, QUESTION_NAMES, taken=(*image, columns.answer, system))
-        answer = columns.answer or _find(seen, ANSWER_NAMES, taken=(*image, question, system))
+        question = columns.question or _find(seen, QUESTION_NAMES, taken=(*image, *video, columns.answer, system))
+        answer = columns.answer or _find(seen, ANSWER_NAMES, taken=(*image, *video, question, system))
         if answer is None:
             raise DataError(
                 f"{rows.name}: no column looks like the answer among {_listed(seen)}; "
                 "name it, as in data.columns.answer=caption"
             )
-    layout = Layout(kind, chat, image, question, answer, system, "")
-    return Layout(kind, chat, image, question, answer, system, _sentence(rows.name, layout, seen))
+    layout = Layout(kind, chat, image, question, answer, system, "", video)
+    return replace(layout, sentence=_sentence(rows.name, layout, seen))
 
 
 def _look_at(rows: Rows) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def _speaker_key(value: Any) -> Literal["role", "from"] | None:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         return None
@@ -143,6 +151,8 @@ def _sentence(name: str, layout: Layout, seen: Mapping[str, Any]) -> str:
         parts.append(f"{style} from {layout.chat!r}")
     if layout.image:
         parts.append(f"images from {' and '.join(map(repr, layout.image))}")
+    if layout.video:
+        parts.append(f"videos from {' and '.join(map(repr, layout.video))}")
     if layout.question:
         parts.append(f"questions from {layout.question!r}")
     if layout.answer:

@@ -32,6 +32,8 @@ BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 SHORTEST_BASE64 = 64
 """No picture is smaller; shorter text is a path."""
 
+DEEPEST_CELL = 8
+"""A list in a struct in a JSON text is three deep."""
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 NOT_THERE = ImageRef(b"", "")
@@ -52,9 +54,8 @@ class RefReader:
             DataError: the library for addresses like the root's is not installed.
         """
         self.allow_urls, self.allow_outside = allow_urls, allow_outside
-        at_address = isinstance(root, str) and is_remote(root)
-        self._remote = RemoteRoot(root, allow_outside=allow_outside) if at_address else None
-        self._local = LocalRoot(root, allow_outside=allow_outside)
+        at_address = is_remote(str(root))
+        self._root = (RemoteRoot if at_address else LocalRoot)(str(root), allow_outside=allow_outside)
 
     def read(self, cell: Any, where: str, faults: list[RowError] | None = None) -> list[Pictures]:
         """All pictures in a cell, entry by entry; none for null or an empty string.
@@ -66,7 +67,7 @@ class RefReader:
             RowError: `missing_file`, `outside_root`, `url_not_allowed`, `unreadable_document`, or `unreadable_image` for
                 what cannot be a picture.
         """
-        return [self._read_or_note(value, where, faults) for value in self._flatten(cell)]
+        return [self._read_or_note(value, where, faults) for value in self._flatten(cell, where)]
 
     def _read_or_note(self, value: Any, where: str, faults: list[RowError] | None) -> Pictures:
         try:
@@ -77,33 +78,40 @@ class RefReader:
             faults.append(fault)
             return (NOT_THERE,)
 
-    def _flatten(self, cell: Any) -> Iterator[Any]:
+    def _flatten(self, cell: Any, where: str, depth: int = 0) -> Iterator[Any]:
+        if depth > DEEPEST_CELL:
+            raise RowError(
+                where, "malformed_row", f"pictures stand in lists nested over {DEEPEST_CELL} deep; flatten them."
+            )
         if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
             return
         if isinstance(cell, Mapping):
             cell = _payload(cell)
             if cell is not None:
-                yield from self._flatten(cell)
+                yield from self._flatten(cell, where, depth + 1)
         elif isinstance(cell, str):
-            yield from self._split(cell.strip())
+            yield from self._split(cell.strip(), where, depth)
         elif isinstance(cell, Iterable) and not isinstance(cell, (bytes, bytearray, Image.Image)):
             for value in cell:
-                yield from self._flatten(value)
+                yield from self._flatten(value, where, depth + 1)
         else:
             yield cell
 
-    def _split(self, cell: str) -> Iterator[Any]:
+    def _split(self, cell: str, where: str, depth: int) -> Iterator[Any]:
         if cell.startswith("["):
             try:
                 listed = json.loads(cell)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 yield cell  # a file may be called [1].png
                 return
-            yield from self._flatten(listed)
-        elif ";" in cell and not _has_scheme(cell) and not self._local.holds(cell):
+            yield from self._flatten(listed, where, depth + 1)
+        elif ";" in cell and not _has_scheme(cell) and not self._is_file(cell):
             yield from (part.strip() for part in cell.split(";") if part.strip())
         elif cell:
             yield cell
+
+    def _is_file(self, cell: str) -> bool:
+        return isinstance(self._root, LocalRoot) and self._root.holds(cell)
 
     def _read_one(self, value: Any, where: str) -> Pictures:
         if isinstance(value, (bytes, bytearray)):
@@ -124,24 +132,23 @@ class RefReader:
         if len(value) >= SHORTEST_BASE64 and value.startswith(BASE64_STARTS) and "." not in value:
             return _from_bytes(_decode(value, where), where)
         name, pages = split_pages(value)
-        if "://" in name and (scheme := SCHEME.match(name)):
-            name = unquote(name.removeprefix("file://")) if scheme[0] == "file://" else name
         ref = self._from_name(name, where)
         return (ref,) if pages is None else read_pages(ref, pages, where)
 
     def _from_name(self, name: str, where: str) -> ImageRef:
-        scheme = SCHEME.match(name) if "://" in name else None
-        if scheme and name.startswith(WEB):
+        if name.startswith(WEB):
             self._allow_web(name, where)
             return ImageRef(name, name)
-        if self._remote is not None:
-            address = self._remote.join(name, where)
+        if name.startswith("file://"):
+            name = unquote(name.removeprefix("file://"))
+        if isinstance(self._root, RemoteRoot):
+            address = self._root.join(name, where)
             return ImageRef(address, address)
-        if scheme and is_remote(name):
+        if is_remote(name):
             if not self.allow_outside:
-                raise outside(name, self._local.folder, where)
+                raise outside(name, self._root.folder, where)
             return ImageRef(name, name)
-        path, member = self._local.find(name, where)
+        path, member = self._root.find(name, where)
         return ImageRef(Path(path), path if member is None else f"{path}/{member}", member)
 
     def _allow_web(self, address: str, where: str) -> None:

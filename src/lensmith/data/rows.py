@@ -21,6 +21,7 @@ import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -224,7 +225,7 @@ class _MappedRows(Rows):
                 f"{name}: holds {len(dataset)} rows of {len(dataset.column_names)} columns; nothing to read"
             )
         self.name, self.root = name, root
-        self._dataset = dataset.cast(_undecoded(dataset.features)) if _has_images(dataset.features) else dataset
+        self._dataset = dataset.cast(_undecoded(dataset.features)) if _has_media(dataset.features) else dataset
         self._labels = {
             column: feature.names for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)
         }
@@ -240,26 +241,32 @@ class _MappedRows(Rows):
         return Row(f"{self.name}#{index}", fields)
 
 
-def _has_images(feature: Any) -> bool:
-    from datasets import Image, LargeList, List
+def _has_media(feature: Any) -> bool:
+    from datasets import LargeList, List
 
     if isinstance(feature, Mapping):
-        return any(map(_has_images, feature.values()))
+        return any(map(_has_media, feature.values()))
     if isinstance(feature, (List, LargeList)):
-        return _has_images(feature.feature)
-    return isinstance(feature, Image)
+        return _has_media(feature.feature)
+    return isinstance(feature, _media())
 
 
 def _undecoded(feature: Any) -> Any:
-    """The same features with every image left as stored: pictures are decoded when, and if, they are needed."""
-    from datasets import Features, Image, LargeList, List
+    """The same features with every picture, film and document left as stored: decoded when, and if, it is needed."""
+    from datasets import Features, LargeList, List
 
     if isinstance(feature, Mapping):
         changed = {name: _undecoded(inner) for name, inner in feature.items()}
         return Features(changed) if isinstance(feature, Features) else changed
     if isinstance(feature, (List, LargeList)):
         return List(_undecoded(feature.feature))
-    return Image(decode=False) if isinstance(feature, Image) else feature
+    return replace(feature, decode=False) if isinstance(feature, _media()) else feature
+
+
+def _media() -> tuple[type, ...]:
+    from datasets import Audio, Image, Pdf, Video
+
+    return Audio, Image, Pdf, Video
 
 
 def _open_files(paths: list[Path]) -> Rows:
