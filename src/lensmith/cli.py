@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -86,6 +86,71 @@ def init(
         ) from cause
     _say(f"Wrote {to}. Read it, then: lensmith train {to}")
     return {"wrote": str(to)}
+
+
+@app.command(
+    epilog="Examples: lensmith plan run.yaml --gpu 8 --fit fits.yaml; lensmith plan --model 8b --method qlora --gpu 24"
+)
+def plan(
+    source: Annotated[
+        str | None, typer.Argument(metavar="RUN.YAML|DATA", help="Settings, or just data; neither is needed.")
+    ] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="8, 12, 16, 24, 40, 48 or 80 GiB, or a name such as 4090; by default this machine's."),
+    ] = None,
+    gib: Annotated[float | None, typer.Option(help="Memory of any other card.", min=1)] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that share weights by FSDP2, on paper.", min=1)] = 1,
+    model: Annotated[str | None, typer.Option(help="2b, 4b, 8b, 30b-a3b, 32b, a name or a folder.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, qlora, lora_8bit or full.")] = None,
+    pack_tokens: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Pictures in a pack, instead of data; per prompt for grpo.", min=0)
+    ] = None,
+    image_tokens: Annotated[int | None, typer.Option(help="Tokens of each of them.", min=1)] = None,
+    task: Annotated[Literal["sft", "grpo"], typer.Option(help="What kind of training.")] = "sft",
+    group: Annotated[int, typer.Option(help="Completions per prompt, for grpo.", min=2)] = 8,
+    completion_tokens: Annotated[int, typer.Option(help="Tokens of each of them.", min=1)] = 512,
+    no_share_prefix: Annotated[
+        bool, typer.Option("--no-share-prefix", help="Each completion with a prompt of its own.")
+    ] = False,
+    rollout: Annotated[Literal["builtin", "vllm"], typer.Option(help="What makes completions.")] = "builtin",
+    fit: Annotated[Path | None, typer.Option(help="Write the settings that fit to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan as this .png or .svg.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Run the worst pack once on the GPU and compare.")] = False,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Say what a run needs of a GPU, by part, and the smallest change that makes it fit; needs no GPU and no download."""
+    from lensmith.config.read import read_config
+    from lensmith.plan.ask import Question, ask_plan, model_setting, write_fitting
+    from lensmith.plan.screen import measured_sentence, plan_screen
+
+    flags = {"model": model and model_setting(model), "tune.method": method, "pack.tokens": pack_tokens}
+    given = [*(overrides or ()), *(f"{path}={value}" for path, value in flags.items() if value is not None)]
+    config = _read_settings(source, given) if source else read_config(None, given)
+    question = Question(
+        gpu, gib, gpus, images, image_tokens, task, group, completion_tokens, not no_share_prefix, rollout
+    )
+    found = ask_plan(config, question, _say)
+    for piece in plan_screen(found):
+        _say(piece)
+    result = found.to_json()
+    if picture is not None:
+        from lensmith.plan.picture import draw_plan
+
+        draw_plan(found, picture)
+        _say(f"Drew {picture}.")
+    if fit is not None:
+        write_fitting(found, fit)
+        _say(f"Wrote {fit}. Start it with: lensmith train {fit}")
+    if measure:
+        from lensmith.train.measure import measure_plan
+
+        measured = measure_plan(config)
+        _say(measured_sentence(found, peak_gib=measured.peak_gib, step_s=measured.step_s))
+        result |= {"measured": {"peak_gib": measured.peak_gib, "step_s": measured.step_s}}
+    return result
 
 
 @app.command(epilog="Examples: lensmith train data.jsonl; lensmith train run.yaml tune.rank=32 run=runs/rank-32")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+import subprocess
+from dataclasses import dataclass, replace
 
 from lensmith.errors import ConfigError
 
@@ -17,6 +18,8 @@ CONTEXT_GIB = 0.6
 """What CUDA itself takes on a card with one process, before torch has asked for anything, and a little for a screen."""
 SPARE_SHARE = 0.03
 """Of a card's memory: what the driver keeps, and what a large request cannot get in one piece."""
+DRIVER_TIMEOUT_S = 5
+"""An answer takes a tenth of a second; a driver that is stuck gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +114,15 @@ def card_of_size(gib: float) -> Card:
         return BY_SIZE[likeness]
     like = BY_SIZE[likeness]
     return Card(f"{gib:g} GiB", gib, like.bf16_tflops, like.memory_gbps, like.pcie_gbps)
+
+
+def find_own_card() -> Card | None:
+    """The first GPU of this machine, as its driver tells; None without one."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=DRIVER_TIMEOUT_S).stdout
+        name, mib = told.splitlines()[0].rsplit(",", 1)
+        gib = int(mib) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return replace(match_card(name) or card_of_size(gib), name=name, gib=round(gib, 1))

@@ -36,8 +36,10 @@ class Situation:
     """What a rung may look at."""
 
     facts: ModelFacts
-    longest_row: int | None = None
-    """Tokens of the longest row, where there is data."""
+    sample_tokens: int | None = None
+    """Of the longest row, or of the sample that flags describe; None where nothing is known."""
+    sees_smaller_images: bool = True
+    """Whether smaller pictures can be reckoned with; rows that have been scanned would have to be scanned again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +155,17 @@ def _offload(config: RunConfig, situation: Situation) -> Iterator[Settings]:
 
 def _smaller_packs(config: RunConfig, situation: Situation) -> Iterator[Settings]:
     tokens = (config.pack.tokens or PACK_TOKENS["cuda"]) // 2
-    while tokens >= max(SMALLEST_PACK, situation.longest_row or config.data.image.max_tokens):
-        yield {"pack.tokens": tokens}
+    while tokens >= max(SMALLEST_PACK, situation.sample_tokens or config.data.image.max_tokens):
+        yield {"pack.tokens": tokens, **_one_pack_per_step(config, situation, tokens)}
         tokens //= 2
+
+
+def _one_pack_per_step(config: RunConfig, situation: Situation, tokens: int) -> Settings:
+    """What an optimizer that steps inside the backward pass needs: no more samples in a step than one pack holds."""
+    most = max(1, tokens // (situation.sample_tokens or config.data.image.max_tokens))
+    if not config.optim.in_backward or config.optim.effective_samples <= most:
+        return {}
+    return {"optim.effective_samples": most}
 
 
 def _head_to_host(config: RunConfig, situation: Situation) -> Iterator[Settings]:
@@ -166,7 +176,9 @@ def _head_to_host(config: RunConfig, situation: Situation) -> Iterator[Settings]
 
 def _step_in_backward(config: RunConfig, situation: Situation) -> Iterator[Settings]:
     if config.tune.method == "full" and not config.optim.in_backward:
-        yield {"optim.in_backward": True, "optim.max_grad_norm": None}
+        changed = with_settings(config, {"optim.in_backward": True})
+        smaller = _one_pack_per_step(changed, situation, config.pack.tokens or PACK_TOKENS["cuda"])
+        yield {"optim.in_backward": True, "optim.max_grad_norm": None, **smaller}
 
 
 def _paged_optimizer(config: RunConfig, situation: Situation) -> Iterator[Settings]:
@@ -182,10 +194,11 @@ def _four_bits(config: RunConfig, situation: Situation) -> Iterator[Settings]:
 
 def _smaller_images(config: RunConfig, situation: Situation) -> Iterator[Settings]:
     tokens = config.data.image.max_tokens // 2
-    while tokens >= max(SMALLEST_IMAGE, config.data.image.min_tokens or 0):
-        packs = max(SMALLEST_PACK, tokens)
-        smaller = situation.longest_row is None and (config.pack.tokens or PACK_TOKENS["cuda"]) > packs
-        yield {"data.image.max_tokens": tokens, **({"pack.tokens": packs} if smaller else {})}
+    while situation.sees_smaller_images and tokens >= max(SMALLEST_IMAGE, config.data.image.min_tokens or 0):
+        # Packs become smaller with their pictures, since no row is as long as before.
+        pack = max(SMALLEST_PACK, tokens)
+        smaller = (config.pack.tokens or PACK_TOKENS["cuda"]) > pack
+        yield {"data.image.max_tokens": tokens, **({"pack.tokens": pack} if smaller else {})}
         tokens //= 2
 
 
@@ -212,7 +225,7 @@ LADDER: tuple[Rung, ...] = (
     Rung(_tower_to_host, "the tower crosses the bus once per pack", "none"),
     Rung(_recompute, "recomputed layers run their forward pass twice: up to a third more", "none"),
     Rung(_offload, "hidden behind the arithmetic, where packs are large", "none"),
-    Rung(_step_in_backward, "none", "no clipping, and one pack per step"),
+    Rung(_step_in_backward, "none", "no clipping of gradients, and steps of one pack"),
     Rung(_smaller_packs, "products become thinner", "none: the loss of a step does not depend on its packs"),
     Rung(_head_to_host, "the head crosses the bus once per pack", "none"),
     Rung(_paged_optimizer, "optimizer states cross the bus in each step", "none"),

@@ -162,7 +162,9 @@ class _Clock:
         crossing = {
             "decoder": decoder,
             "head": facts.embedding * wide if head else 0.0,
-            "tower": (facts.tower.depth * facts.tower.block + facts.tower.mergers) * wide if memory.tower == "host" else 0.0,
+            "tower": (facts.tower.depth * facts.tower.block + facts.tower.mergers) * wide
+            if memory.tower == "host"
+            else 0.0,
         }
         if not self.sizes.work.image_tokens:
             crossing["tower"] = 0.0

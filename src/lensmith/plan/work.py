@@ -6,8 +6,9 @@ from (benchmarks/results/memory-grid.json).
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -89,6 +90,20 @@ def work_of(
     )
 
 
+def scaled_work(work: Work, config: RunConfig) -> Work:
+    """`work` as the settings make it: in packs of pack.tokens if that is less, its pictures within data.image.max_tokens."""
+    tokens = min(work.tokens, config.pack.tokens or work.tokens)
+    images = max(1, work.images * tokens // work.tokens) if work.images else 0
+    size = min(work.image_tokens // work.images, config.data.image.max_tokens, tokens) if images else 0
+    return work_of(
+        tokens,
+        images=images,
+        image_tokens=size,
+        learned=round(work.learned * tokens / work.tokens),
+        effective_samples=config.optim.effective_samples,
+    )
+
+
 def full_pack(config: RunConfig) -> Work:
     """The pack that settings allow, where nothing is known of the data: full, most of it pictures of the largest size."""
     tokens = config.pack.tokens or PACK_TOKENS["cuda"]
@@ -161,6 +176,14 @@ def scanned_work(scan: Scan, config: RunConfig) -> ScannedWork:
         packs_per_step=per_step,
     )
     return ScannedWork(packs, len(plan.steps), mean)
+
+
+def worst_candidates(packs: Sequence[ScannedPack], each: int = 8) -> list[ScannedPack]:
+    """Packs among which the one that needs most memory is, whatever the settings: the largest by each of its numbers."""
+    measures = ("tokens", "image_tokens", "learned", "gathered_tokens")
+    return [
+        pack for name in measures for pack in heapq.nlargest(each, packs, key=lambda pack: getattr(pack.work, name))
+    ]
 
 
 def _packs(scan: Scan, config: RunConfig, samples: np.ndarray, share: bool) -> Iterator[ScannedPack]:

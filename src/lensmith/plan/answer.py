@@ -1,0 +1,266 @@
+"""The question a user asks, answered: memory by part, time, whether it fits, and what to change if it does not.
+
+`answer_plan` puts together what the other modules of lensmith.plan work out; `check_fits` is what training asks first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lensmith.config.tree import RunConfig
+from lensmith.config.write import plain, write_value
+from lensmith.errors import ConfigError
+from lensmith.plan.cards import BY_SIZE, Card, card_of_size, usable_gib
+from lensmith.plan.facts import SIZES, ModelFacts, read_facts
+from lensmith.plan.fit import Change, Situation, apply_changes, find_changes
+from lensmith.plan.memory import MemoryPlan, plan_memory
+from lensmith.plan.time import TimePlan, plan_time
+from lensmith.plan.work import Rollout, ScannedWork, Work, full_pack, scanned_work, worst_candidates
+
+if TYPE_CHECKING:
+    from lensmith.data.scan import Scan
+
+WorkOf = Callable[[RunConfig], Work]
+"""The largest pack that a config makes of the data, or of the flags that stand for data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A change with what it does: each after all those before it."""
+
+    change: Change
+    peak_gib: float
+    slower: float
+    """Seconds per sample, of what they are without any change: 1.1 is a tenth slower."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorstPack:
+    """The pack that needs most, and the picture in it that needs most."""
+
+    wheres: tuple[str, ...]
+    tokens: int
+    largest: str | None
+    """Picture and size, in words; None without pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole answer."""
+
+    facts: ModelFacts
+    config: RunConfig
+    work: Work
+    card: Card
+    memory: MemoryPlan
+    time: TimePlan
+    steps: tuple[Step, ...] | None
+    """The changes that make it fit: none where it fits, None where none are enough."""
+    fitting: RunConfig | None
+    """The config with these changes; None where none are enough."""
+    fitted: MemoryPlan | None
+    """What that config needs."""
+    total_steps: int | None = None
+    worst: WorstPack | None = None
+    way_out: str = ""
+    """Where nothing is enough: the largest model for this card and the smallest card for this model."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak_gib <= self.card.usable_gib
+
+    @property
+    def run_h(self) -> float | None:
+        """Hours of the whole run, where the data is known."""
+        return None if self.total_steps is None else self.total_steps * self.time.step_s / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the first six keys a promise."""
+        return {
+            "fits": self.fits,
+            "gpu_gib": self.card.gib,
+            "peak_gib": round(self.memory.peak_gib, 3),
+            "parts": {name: round(gib, 3) for name, gib in self.memory.parts.items()},
+            "step_s": round(self.time.step_s, 4),
+            "changes": None if self.steps is None else [_step_json(step) for step in self.steps],
+            "usable_gib": round(self.card.usable_gib, 3),
+            "card": self.card.name,
+            "model": self.facts.name,
+            "moment": self.memory.moment,
+            "moments": {name: round(gib, 3) for name, gib in self.memory.moments.items()},
+            "step_parts_s": {name: round(seconds, 4) for name, seconds in self.time.parts.items()},
+            "run_h": None if self.run_h is None else round(self.run_h, 3),
+            "pack_tokens": self.work.tokens,
+            "worst_pack": None if self.worst is None else list(self.worst.wheres),
+            "worst_image": None if self.worst is None else self.worst.largest,
+            "way_out": self.way_out or None,
+            "notes": list(self.notes),
+        }
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {
+        "settings": {path: plain(value) for path, value in step.change.settings.items()},
+        "before": {path: plain(value) for path, value in step.change.before.items()},
+        "peak_gib": round(step.peak_gib, 3),
+        "slower": round(step.slower, 4),
+        "time": step.change.time,
+        "quality": step.change.quality,
+    }
+
+
+def answer_plan(
+    config: RunConfig,
+    card: Card,
+    *,
+    facts: ModelFacts | None = None,
+    work_of: WorkOf | None = None,
+    rollout: Rollout | None = None,
+    gpus: int = 1,
+    situation: Situation | None = None,
+) -> Plan:
+    """The plan of a config on a card, without looking at data: full packs, or those that `work_of` makes.
+
+    Raises ModelError for a model whose shapes are not known.
+    """
+    facts, work_of = facts or read_facts(config.model), work_of or full_pack
+
+    def memory(changed: RunConfig) -> MemoryPlan:
+        return plan_memory(facts, changed, work_of(changed), rollout=rollout, gpus=gpus)
+
+    def time(changed: RunConfig) -> TimePlan:
+        return plan_time(facts, changed, work_of(changed), card, rollout=rollout)
+
+    def sample_s(changed: RunConfig) -> float:
+        work = work_of(changed)
+        return time(changed).step_s / (work.samples * work.packs_per_step)
+
+    work = work_of(config)
+    situation = situation or Situation(facts, sample_tokens=-(-work.tokens // work.samples))
+    changes = find_changes(config, situation, lambda changed: memory(changed).peak_gib <= card.usable_gib)
+    steps, fitting = None, None
+    if changes is not None:
+        after = [apply_changes(config, changes[: count + 1]) for count in range(len(changes))]
+        steps = tuple(
+            Step(change, memory(changed).peak_gib, sample_s(changed) / sample_s(config))
+            for change, changed in zip(changes, after, strict=True)
+        )
+        fitting = apply_changes(config, changes)
+    return Plan(
+        facts,
+        config,
+        work,
+        card,
+        memory(config),
+        time(config),
+        steps,
+        fitting,
+        fitted=None if fitting is None else memory(fitting),
+        way_out="" if fitting is not None else _way_out(config, card, facts, work_of, rollout),
+        notes=memory(config).notes,
+    )
+
+
+def answer_scan(
+    config: RunConfig, card: Card, scan: Scan, *, rescan: Callable[[RunConfig], Scan] | None = None, gpus: int = 1
+) -> Plan:
+    """The plan of a config on a card for rows that have been scanned: the worst pack, and the mean one for time.
+
+    `rescan` looks at the rows again, with smaller pictures; without it no such change is proposed.
+    """
+    facts = read_facts(config.model)
+    known: dict[object, ScannedWork] = {}
+
+    def packed(changed: RunConfig) -> ScannedWork:
+        key = (changed.data.image, changed.pack, changed.optim.effective_samples)
+        if key not in known:
+            again = rescan is not None and changed.data.image != config.data.image
+            known[key] = scanned_work(rescan(changed) if rescan and again else scan, changed)
+        return known[key]
+
+    def worst(changed: RunConfig) -> Work:
+        candidates = [pack.work for pack in worst_candidates(packed(changed).packs)]
+        return max(candidates, key=lambda work: plan_memory(facts, changed, work, gpus=gpus).peak_gib)
+
+    situation = Situation(facts, int(scan.tokens.max()), sees_smaller_images=rescan is not None)
+    plan = answer_plan(config, card, facts=facts, work_of=worst, gpus=gpus, situation=situation)
+    scanned = packed(config)
+    return replace(
+        plan,
+        time=plan_time(facts, config, scanned.mean, card),
+        total_steps=scanned.steps,
+        worst=_describe(scan, next(pack.members.tolist() for pack in scanned.packs if pack.work == plan.work)),
+    )
+
+
+def _describe(scan: Scan, members: list[int]) -> WorstPack:
+    """The rows of a pack by file and line, and its largest picture."""
+    encoded = [scan.source.encoded(int(scan.rows[member])) for member in members]
+    images = [(image, one.where) for one in encoded for image in one.images]
+    largest = None
+    if images:
+        image, where = max(images, key=lambda found: found[0].tokens)
+        height, width = image.seen_px
+        largest = f"{image.ref} of {where}, {width} x {height} as seen: {image.tokens:,} tokens"
+    return WorstPack(tuple(one.where for one in encoded), int(scan.tokens[members].sum()), largest)
+
+
+def _way_out(config: RunConfig, card: Card, facts: ModelFacts, work_of: WorkOf, rollout: Rollout | None) -> str:
+    """The largest model that this card can train, and the smallest card that can train this model, changes included."""
+    smaller = [one for one in SIZES.values() if one.num_parameters < facts.num_parameters and one.experts is None]
+    model = next((one.name for one in reversed(smaller) if _could_fit(config, card, one, work_of, rollout)), None)
+    larger = [size for size in BY_SIZE if size > card.gib]
+    size = next((size for size in larger if _could_fit(config, BY_SIZE[size], facts, work_of, rollout)), None)
+    ways = [f"the largest model that fits {card.gib:g} GiB is {model}"] if model else []
+    ways += [f"the smallest card for {facts.name} has {size} GiB"] if size else []
+    return "; ".join(ways) or f"no model of {', '.join(SIZES)} fits this card, and no listed card fits {facts.name}"
+
+
+def _could_fit(config: RunConfig, card: Card, facts: ModelFacts, work_of: WorkOf, rollout: Rollout | None) -> bool:
+    situation = Situation(facts)
+    return None is not find_changes(
+        config,
+        situation,
+        lambda changed: plan_memory(facts, changed, work_of(changed), rollout=rollout).peak_gib <= card.usable_gib,
+    )
+
+
+def check_fits(
+    config: RunConfig,
+    gib: float,
+    scan: Scan | None = None,
+    *,
+    rescan: Callable[[RunConfig], Scan] | None = None,
+) -> Plan:
+    """The plan of a run on a card of `gib` (as CUDA counts it), for whoever is about to start it.
+
+    Raises ConfigError where it does not fit, with the settings that make it fit, or the model or card that would.
+    """
+    card = card_of_size(gib)
+    plan = answer_plan(config, card) if scan is None else answer_scan(config, card, scan, rescan=rescan)
+    if plan.fits:
+        return plan
+    needed = (
+        f"model={config.model}, tune.method={config.tune.method}: planned to reserve {plan.memory.peak_gib:.1f} GiB, and of "
+        f"this card's {gib:.1f} GiB torch can have {usable_gib(gib):.1f}."
+    )
+    if plan.steps is None:
+        raise ConfigError(f"{needed} No settings are enough: {plan.way_out}.")
+    settings = " ".join(f"{path}={write_value(value)}" for path, value in fitting_settings(plan).items())
+    raise ConfigError(f"{needed} It fits with {settings}; `lensmith plan` says what each of these costs.")
+
+
+def fitting_settings(plan: Plan) -> dict[str, Any]:
+    """Dotted settings that make the run fit, as they are in the end."""
+    return {path: value for step in plan.steps or () for path, value in step.change.settings.items()}
+
+
+def on_smallest_card(answer: Callable[[Card], Plan]) -> Plan:
+    """The answer for the smallest listed card that the run fits as it is; for the largest where there is none."""
+    *_, largest = BY_SIZE.values()
+    plan = answer(largest)
+    fitting = next((card for card in BY_SIZE.values() if plan.memory.peak_gib <= card.usable_gib), largest)
+    return plan if fitting is largest else answer(fitting)
