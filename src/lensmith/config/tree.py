@@ -28,6 +28,8 @@ class Columns(Section):
 
     image: str | None = None
     """A path, encoded bytes or base64; a list where a row has several."""
+    video: str | None = None
+    """A path, or a list of pictures that are its frames; a list of paths where a row has several."""
     question: str | None = None
     """What the user says."""
     answer: str | None = None

@@ -59,7 +59,7 @@ def probe_file(video: VideoRef) -> VideoHeader:
     Raises:
         RowError: `unreadable_video` for what holds no video or no frame, `missing_file`, `decompression_bomb`.
     """
-    import av
+    from av.error import FFmpegError
 
     with _opened(video) as (container, stream):
         if stream.height * stream.width > MAX_FRAME_PX:
@@ -70,7 +70,7 @@ def probe_file(video: VideoRef) -> VideoHeader:
             total = stream.frames if times is None else len(times)
             container.seek(0)
             first = next(container.decode(stream), None) if total else None
-        except av.FFmpegError as cause:
+        except FFmpegError as cause:
             raise _undecodable(video, 0, stream.frames, 0.0, cause) from cause
     if first is None:
         raise RowError(str(video), "unreadable_video", "holds a video of 0 frames; encode it again, or remove the row.")
@@ -103,6 +103,7 @@ def read_moment(moment: Moment, seen_px: tuple[int, int]) -> UInt8[Tensor, "fram
     return _kept.frames(moment.clip, seen_px)[moment.index * moment.clip.per_moment :][: moment.clip.per_moment]
 
 
+@functools.lru_cache(maxsize=KNOWN_HEADERS)
 def decode_last(clip: Clip) -> None:
     """Raise RowError where the last frame of a clip from a file cannot be decoded."""
     _decode(Clip(clip.video, clip.frames[-1:], clip.times_s[-1:], 1), lambda _: None)
@@ -155,12 +156,12 @@ def _open_list(clip: Clip, see: Callable[[np.ndarray], Any]) -> list[Any]:
 
 def _decode(clip: Clip, see: Callable[[np.ndarray], Any]) -> list[Any]:
     """What `see` makes of each frame of the clip, in RGB and upright, as it comes out of the decoder."""
-    import av
+    from av.error import FFmpegError
 
     with _opened(clip.video) as (container, stream):
         try:
             return [see(_picture(frame)) for frame in _Walk(container, stream, clip, may_seek=True)]
-        except (av.FFmpegError, _Lost):
+        except (FFmpegError, _Lost):
             pass
     # A key frame need not be a place to start from: what is shown just after it may build on frames from before it. From
     # the start of the file there is no doubt, and what fails then is damaged.
@@ -168,7 +169,7 @@ def _decode(clip: Clip, see: Callable[[np.ndarray], Any]) -> list[Any]:
         walk = _Walk(container, stream, clip, may_seek=False)
         try:
             return [see(_picture(frame)) for frame in walk]
-        except (av.FFmpegError, _Lost) as cause:
+        except (FFmpegError, _Lost) as cause:
             frame, time_s = clip.frames[walk.found], clip.times_s[walk.found]
             raise _undecodable(clip.video, frame, probe_file(clip.video).num_frames, time_s, cause) from cause
 
@@ -217,7 +218,7 @@ class _Walk:
 
     def _skip_to(self, time_s: float) -> None:
         """Go on from the last key frame before that time, where it is still ahead."""
-        entries = getattr(self.stream, "index_entries", ())  # not in PyAV before 16
+        entries: Any = getattr(self.stream, "index_entries", ())  # not in PyAV before 16
         if not len(entries):
             return
         # The index counts in order of decoding, which runs ahead of that of showing from the first frame on.
@@ -241,12 +242,14 @@ class _Walk:
 def _opened(video: VideoRef) -> Iterator[tuple[Any, Any]]:
     """The container of a file and its first stream of moving pictures."""
     import av
+    from av.error import FFmpegError
+    from av.stream import Disposition
 
     assert isinstance(video.source, ImageRef), "a list of pictures has no container"
     try:
         with open_ref(video.source) as file, av.open(file) as container:
             # The cover picture of a song is a video stream too.
-            moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not moving:
                 kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                 sentence = f"holds no video but {kinds}; name another file, or remove the row."
@@ -256,7 +259,7 @@ def _opened(video: VideoRef) -> Iterator[tuple[Any, Any]]:
             yield container, moving[0]
     except FileNotFoundError as cause:
         raise RowError(str(video), "missing_file", "there is no such file.") from cause
-    except av.FFmpegError as cause:
+    except FFmpegError as cause:
         sentence = f"is not a video that FFmpeg can read ({cause}); encode it again as .mp4, or remove the row."
         raise RowError(str(video), "unreadable_video", sentence) from cause
 

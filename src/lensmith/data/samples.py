@@ -10,13 +10,27 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NoReturn, cast
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
 
 from lensmith.data.layout import Layout, guess_layout
-from lensmith.data.refs import Pictures, RefReader
+from lensmith.data.refs import RefReader
 from lensmith.data.thoughts import count_thoughts, drop_thoughts, holds_thought
+from lensmith.data.video_refs import VIDEO_KEYS, read_videos
 from lensmith.errors import RowError
-from lensmith.types import ImageMark, ImageRef, Message, Part, Role, Row, Sample, Text, TokenLimits
+from lensmith.types import (
+    ImageMark,
+    ImageRef,
+    Message,
+    Part,
+    Role,
+    Row,
+    Sample,
+    Text,
+    TokenLimits,
+    VideoMark,
+    VideoRef,
+)
 
 __all__ = ["Layout", "RowError", "guess_layout", "to_sample"]
 
@@ -29,13 +43,36 @@ ROLES: dict[str, Role] = {
 }
 """The words for who speaks, in chat formats and in ShareGPT's."""
 
-MARK = "<image>"
-AROUND_MARKS = re.compile(rf"\n*{MARK}\n*")
-"""LLaVA writes `<image>` on a line of its own; Qwen3-VL reads the question right behind the picture."""
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 
-Draft = Text | ImageRef | Literal["mark"]
-"""A part before the pictures of the row's own columns are put in the place of its marks."""
+Ref = ImageRef | VideoRef
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a row may show beside texts. In a draft it marks where one of the row's own columns goes."""
+
+    name: Literal["image", "video"]
+    types: tuple[str, ...]
+    """Types of a message's parts."""
+    keys: tuple[str, ...]
+    """Where such a part holds it."""
+
+    @property
+    def mark(self) -> str:
+        return f"<{self.name}>"
+
+    def split(self, text: str) -> list[str]:
+        """A text cut at its marks. LLaVA writes them on lines of their own; Qwen3-VL reads on right behind the picture."""
+        return re.split(rf"\n*{self.mark}\n*", text) if self.mark in text else [text]
+
+
+IMAGE = Kind("image", ("image", "image_url"), PICTURE_KEYS)
+VIDEO = Kind("video", ("video", "video_url"), VIDEO_KEYS)
+KINDS = (IMAGE, VIDEO)
+
+Draft = Text | Ref | Kind
+"""A part before what the row's own columns list is put in the place of its marks."""
 
 Turn = tuple[Role, list[Draft]]
 
@@ -49,10 +86,10 @@ def to_sample(
     limits: TokenLimits | None = None,
     faults: list[RowError] | None = None,
 ) -> Sample:
-    """Checked messages and the pictures they mention; files are looked for, not opened.
+    """Checked messages and the pictures and videos they mention; files are looked for, not opened.
 
     Pictures go where the row marks them (`<image>` in the text, or a part of type image without a picture of its own);
-    a row without any mark has them in front of its first question.
+    a row without any mark has them in front of its first question. So do videos, marked `<video>`.
 
     Args:
         refs: finds what the row names as pictures.
@@ -72,6 +109,7 @@ def to_sample(
     _collect(faults, draft.place, turns)
     _collect(faults, _check_turns, row, turns)
     images: list[ImageRef] = []
+    videos: list[VideoRef] = []
     messages = []
     for role, parts in turns:
         done: list[Part] = []
@@ -79,14 +117,19 @@ def to_sample(
             if isinstance(part, ImageRef):
                 done.append(ImageMark(len(images)))
                 images.append(part)
-            elif part != "mark":  # only left where that was a fault
-                done.append(cast("Text", part))
+            elif isinstance(part, VideoRef):
+                done.append(VideoMark(len(videos)))
+                videos.append(part)
+            elif isinstance(part, Text):  # a mark is only left where that was a fault
+                done.append(part)
         messages.append(Message(role, tuple(done)))
     if faults:
-        images += [ref for entry in draft.listed for ref in entry if ref not in images]
+        listed = [ref for entries in draft.listed.values() for entry in entries for ref in entry]
+        images += [ref for ref in listed if isinstance(ref, ImageRef) and ref not in images]
+        videos += [ref for ref in listed if isinstance(ref, VideoRef) and ref not in videos]
     used = layout.used
     others = {name: value for name, value in row.fields.items() if name not in used}
-    return Sample(row.where, tuple(messages), tuple(images), others, limits, thoughts)
+    return Sample(row.where, tuple(messages), tuple(images), others, limits, thoughts, tuple(videos))
 
 
 def _collect(faults: list[RowError] | None, step: Callable[..., None], *arguments: Any) -> None:
@@ -104,14 +147,21 @@ class _Draft:
 
     def __init__(self, row: Row, layout: Layout, refs: RefReader, faults: list[RowError] | None) -> None:
         self.row, self.refs, self.faults = row, refs, faults
-        self.listed = [entry for column in layout.image for entry in self._read(row.fields.get(column))]
-        self.columns = " and ".join(repr(column) for column in layout.image) or "'images'"
+        columns = {IMAGE: layout.image, VIDEO: layout.video}
+        self.listed = {
+            kind: [entry for name in names for entry in self._read(kind, row.fields.get(name))]
+            for kind, names in columns.items()
+        }
+        self.columns = {kind: " and ".join(map(repr, names)) or f"'{kind.name}s'" for kind, names in columns.items()}
         # Where pictures never stand in a column, `<image>` in a text is just text; so it is beside image parts.
-        self.reads_marks = bool(layout.image) or layout.kind == "conversations"
-        self.has_image_parts = False
+        self.marked = {kind for kind in KINDS if columns[kind] or layout.kind == "conversations"}
+        self.in_parts: set[Kind] = set()
+        """Kinds that the messages hold as parts."""
 
-    def _read(self, cell: Any) -> list[Pictures]:
-        return self.refs.read(cell, self.row.where, self.faults)
+    def _read(self, kind: Kind, cell: Any) -> list[tuple[Ref, ...]]:
+        if kind is VIDEO:
+            return [(video,) for video in read_videos(cell, self.refs, self.row.where, self.faults)]
+        return [*self.refs.read(cell, self.row.where, self.faults)]
 
     def parts(self, content: Any) -> list[Draft]:
         """One turn's content: a text, or a list of texts and parts."""
@@ -128,63 +178,70 @@ class _Draft:
             return [Text(item)] if item else []
         if not isinstance(item, Mapping):
             self._malformed(f"a part of a message is a {type(item).__name__}")
-        kind = item.get("type") or ("text" if item.get("text") is not None else "image")
-        if kind == "text":
+        guess = "text" if item.get("text") is not None else "video" if item.get("video") is not None else "image"
+        name = item.get("type") or guess
+        if name == "text":
             text = item.get("text") or ""
             return [Text(text)] if text else []
-        if kind not in ("image", "image_url"):
-            self._malformed(f"a part of a message has the type {kind!r}")
-        self.has_image_parts = True
-        payload = next((item[key] for key in PICTURE_KEYS if item.get(key) is not None), None)
-        return [ref for entry in self._read(payload) for ref in entry] if payload is not None else ["mark"]
+        kind = next((kind for kind in KINDS if name in kind.types), None)
+        if kind is None:
+            self._malformed(f"a part of a message has the type {name!r}")
+        self.in_parts.add(kind)
+        payload = next((item[key] for key in kind.keys if item.get(key) is not None), None)
+        if payload is None:
+            return [kind]
+        # What stands beside a video says more about it.
+        return [ref for entry in self._read(kind, item if kind is VIDEO else payload) for ref in entry]
 
     def _malformed(self, what: str) -> NoReturn:
         raise RowError(
-            self.row.where, "malformed_row", f"{what}; Lensmith reads parts of type text, image and image_url."
+            self.row.where, "malformed_row", f"{what}; Lensmith reads parts of type text, image, image_url and video."
         )
 
     def place(self, turns: list[Turn]) -> None:
-        """Put the listed pictures where the marks are, or in front of the first question."""
-        if self.reads_marks and not self.has_image_parts:
-            for role, parts in turns:
-                if role == "user":
-                    parts[:] = [piece for part in parts for piece in _split_marks(part)]
-        num_marks = sum(isinstance(part, str) for _, parts in turns for part in parts)
-        if num_marks == 0 and self.listed:
-            self._place_in_front(turns)
-            return
-        entries = self.listed
-        if num_marks != len(entries):  # then perhaps each page of a document has a mark of its own
-            entries = [(ref,) for entry in self.listed for ref in entry]
-        if num_marks != len(entries):
-            kind = "image parts without a picture" if self.has_image_parts else f"{MARK} marks in the text"
-            more = (
-                "Remove a path or add a mark"
-                if num_marks < len(self.listed)
-                else "Add the missing path or remove a mark"
-            )
-            raise RowError(
-                self.row.where,
-                "marks_mismatch",
-                f"{num_marks} {kind} but {len(self.listed)} images listed in {self.columns}. {more}; "
-                "to leave such rows out, set data.on_bad_row=skip.",
-            )
-        pictures = iter(entries)
-        for _, parts in turns:
-            parts[:] = [ref for part in parts for ref in (next(pictures) if isinstance(part, str) else (part,))]
+        """Put what the columns list where the marks are, or in front of the first question."""
+        for kind in reversed(KINDS):  # where none is marked, the images come first
+            if kind in self.marked and kind not in self.in_parts:
+                for role, parts in turns:
+                    if role == "user":
+                        parts[:] = [piece for part in parts for piece in _split_marks(part, kind)]
+            num_marks = sum(part is kind for _, parts in turns for part in parts)
+            if num_marks == 0 and self.listed[kind]:
+                self._place_in_front(turns, kind)
+            else:
+                entries = iter(self._entries(kind, num_marks))
+                for _, parts in turns:
+                    parts[:] = [ref for part in parts for ref in (next(entries) if part is kind else (part,))]
 
-    def _place_in_front(self, turns: list[Turn]) -> None:
-        inline = sum(isinstance(part, ImageRef) for _, parts in turns for part in parts)
+    def _entries(self, kind: Kind, num_marks: int) -> list[tuple[Ref, ...]]:
+        """What goes to each mark."""
+        entries = self.listed[kind]
+        if num_marks != len(entries):  # then perhaps each page of a document has a mark of its own
+            entries = [(ref,) for entry in entries for ref in entry]
+        if num_marks == len(entries):
+            return entries
+        num_listed = len(self.listed[kind])
+        marks = f"{kind.name} parts without a picture" if kind in self.in_parts else f"{kind.mark} marks in the text"
+        more = "Remove a path or add a mark" if num_marks < num_listed else "Add the missing path or remove a mark"
+        raise RowError(
+            self.row.where,
+            "marks_mismatch",
+            f"{num_marks} {marks} but {num_listed} {kind.name}s listed in {self.columns[kind]}. {more}; "
+            "to leave such rows out, set data.on_bad_row=skip.",
+        )
+
+    def _place_in_front(self, turns: list[Turn], kind: Kind) -> None:
+        inline = sum(isinstance(part, VideoRef if kind is VIDEO else ImageRef) for _, parts in turns for part in parts)
         if inline:
             raise RowError(
                 self.row.where,
                 "marks_mismatch",
-                f"the messages hold {inline} images themselves and {self.columns} lists {len(self.listed)} more, "
-                "with no mark for them. Remove one of the two.",
+                f"the messages hold {inline} {kind.name}s themselves and {self.columns[kind]} lists "
+                f"{len(self.listed[kind])} more, with no mark for them. Remove one of the two.",
             )
         first = next((parts for role, parts in turns if role == "user"), None)
         if first is not None:
-            first[:0] = [ref for entry in self.listed for ref in entry]
+            first[:0] = [ref for entry in self.listed[kind] for ref in entry]
 
 
 def _answers(turns: Sequence[Turn]) -> list[list[Draft]]:
@@ -204,13 +261,13 @@ def _drop_thoughts(row: Row, turns: Sequence[Turn]) -> None:
             parts[:] = [part for part in left if not isinstance(part, Text) or part.text]
 
 
-def _split_marks(part: Draft) -> list[Draft]:
-    if not isinstance(part, Text) or MARK not in part.text:
+def _split_marks(part: Draft, kind: Kind) -> list[Draft]:
+    if not isinstance(part, Text):
         return [part]
     pieces: list[Draft] = []
-    for number, text in enumerate(AROUND_MARKS.split(part.text)):
+    for number, text in enumerate(kind.split(part.text)):
         if number:
-            pieces.append("mark")
+            pieces.append(kind)
         if text:
             pieces.append(Text(text))
     return pieces
@@ -297,12 +354,13 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
         )
     for number, (role, parts) in enumerate(turns, 1):
         text = "".join(part.text for part in parts if isinstance(part, Text))
-        has_image = any(isinstance(part, ImageRef) for part in parts)
-        if role != "user" and has_image:
+        seen = next((part for part in parts if isinstance(part, Ref)), None)
+        if role != "user" and seen is not None:
+            one, many = ("a video", "videos") if isinstance(seen, VideoRef) else ("an image", "images")
             raise RowError(
                 row.where,
                 "marks_mismatch",
-                f"turn {number} is by the {role} and holds an image, but Qwen3-VL sees images in user turns only; "
+                f"turn {number} is by the {role} and holds {one}, but Qwen3-VL sees {many} in user turns only; "
                 "move it there.",
             )
         if role == "assistant" and not text.strip():
@@ -311,5 +369,6 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
                 "empty_answer",
                 f"the answer in turn {number} is empty ({len(text)} characters of white space); write it or remove the row.",
             )
-        if role == "user" and not text.strip() and not has_image:
-            raise RowError(row.where, "empty_question", f"turn {number} holds neither text nor an image; remove it.")
+        if role == "user" and not text.strip() and seen is None:
+            sentence = f"turn {number} holds neither text nor an image or video; remove it."
+            raise RowError(row.where, "empty_question", sentence)
