@@ -56,6 +56,18 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Fitted:
+    """A sample against the token budget."""
+
+    original: Encoded
+    """With images as their limits have them."""
+    encoded: Encoded | None
+    """As it fits; None where data.on_long=drop leaves it out."""
+    cap: int | None = None
+    """Most tokens of each of its images, where they were reduced to fit."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measurer:
     """Measures rows of one source against a token budget."""
 
@@ -68,40 +80,45 @@ class Measurer:
         chunk = Chunk()
         for row in range(start, stop):
             try:
-                self.measure_sample(row, self.source.sample(row), chunk)
+                sample = self.source.sample(row)
+                self.add(row, sample, self.fit(row, sample), chunk)
             except RowError as fault:
                 chunk.refused.append(Refusal(fault.where, fault.code, fault.sentence))
         return chunk
 
-    def measure_sample(self, row: int, sample: Sample, chunk: Chunk) -> tuple[Encoded, Encoded | None]:
-        """Add the sample of that row to the chunk; returns it encoded as it is, and as it fits, None where dropped.
+    def fit(self, row: int, sample: Sample) -> Fitted:
+        """The sample of that row, with smaller images where it needs them.
 
         Raises:
             RowError: the sample cannot be used, or does not fit the budget.
         """
-        encoded = original = self.source.encode(sample, max_tokens=self.source.caps.get(row), check=True)
-        if encoded.num_tokens > self.budget_tokens:
-            image_tokens = sum(image.tokens for image in encoded.images)
-            needs = f"needs {encoded.num_tokens:,} tokens, {image_tokens:,} of them for images"
-            if self.on_long == "drop":
-                sentence = f"{needs}, and pack.tokens is {self.budget_tokens:,}."
-                chunk.dropped.append(Refusal(sample.where, "too_long", sentence))
-                return original, None
-            cap = self._cap(encoded, self.source.encoder.limits(sample.limits)[0]) if self.on_long == "shrink" else None
-            if cap is None:
-                tried = " and smaller images would not do" if self.on_long == "shrink" else ""
-                raise RowError(
-                    sample.where,
-                    "too_long",
-                    f"{needs}, but pack.tokens is {self.budget_tokens:,}{tried}. "
-                    "Raise pack.tokens, shorten the row, or set data.on_long=drop.",
-                )
-            chunk.caps[row] = cap
-            encoded = self.source.encode(sample, max_tokens=cap)
+        original = self.source.encode(sample, max_tokens=self.source.caps.get(row), check=True)
+        if original.num_tokens <= self.budget_tokens:
+            return Fitted(original, original)
+        if self.on_long == "drop":
+            return Fitted(original, None)
+        cap = self._cap(original, self.source.encoder.limits(sample.limits)[0]) if self.on_long == "shrink" else None
+        if cap is None:
+            tried = " and smaller images would not do" if self.on_long == "shrink" else ""
+            raise RowError(
+                sample.where,
+                "too_long",
+                f"{_needs(original)}, but pack.tokens is {self.budget_tokens:,}{tried}. "
+                "Raise pack.tokens, shorten the row, or set data.on_long=drop.",
+            )
+        return Fitted(original, self.source.encode(sample, max_tokens=cap), cap)
+
+    def add(self, row: int, sample: Sample, fitted: Fitted, chunk: Chunk) -> None:
+        """Add the numbers of a fitted sample to those of its chunk."""
+        if fitted.encoded is None:
+            sentence = f"{_needs(fitted.original)}, and pack.tokens is {self.budget_tokens:,}."
+            chunk.dropped.append(Refusal(sample.where, "too_long", sentence))
+            return
+        if fitted.cap is not None:
+            chunk.caps[row] = fitted.cap
         chunk.unlearned_answers += self.source.encoder.unlearned_answers(sample)
         chunk.thoughts += sample.thoughts
-        self._add(row, encoded, original, chunk)
-        return original, encoded
+        self._add(row, fitted.encoded, fitted.original, chunk)
 
     def _cap(self, encoded: Encoded, least: int) -> int | None:
         """The most tokens per image with which the row fits, not below `least`; None where it cannot."""
@@ -144,6 +161,11 @@ class Measurer:
         height, width = image.original_px
         natural = round(height / side) * round(width / side)
         return int(np.sign(image.tokens - natural))
+
+
+def _needs(encoded: Encoded) -> str:
+    image_tokens = sum(image.tokens for image in encoded.images)
+    return f"needs {encoded.num_tokens:,} tokens, {image_tokens:,} of them for images"
 
 
 def _digest(content: bytes) -> int:
