@@ -40,6 +40,7 @@ from lensmith.types import (
     Text,
     TokenLimits,
     VideoMark,
+    VideoRef,
     VisionGeometry,
 )
 
@@ -112,6 +113,11 @@ class Encoder:
         if own is None:
             return self.min_tokens, self.max_tokens
         return self.geometry.min_tokens if own.min_tokens is None else own.min_tokens, own.max_tokens
+
+    def size_video(self, video: VideoRef, max_tokens: int | None = None) -> VideoSizes:
+        """What the video costs, moment by moment; see `lensmith.data.video.size_video`."""
+        assert self.video is not None, "an encoder without limits for videos was given one"
+        return size_video(video, self.geometry, self.video, max_tokens=max_tokens)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_skeletons": {}}
@@ -231,9 +237,8 @@ class Encoder:
             raise fault.at(sample.where) from fault
 
     def _size_video(self, sample: Sample, mark: int) -> VideoSizes:
-        assert self.video is not None, "an encoder without limits for videos was given one"
         try:
-            return size_video(sample.videos[mark], self.geometry, self.video)
+            return self.size_video(sample.videos[mark])
         except RowError as fault:
             raise fault.at(sample.where) from fault
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lensmith.data.images import fit_px
 from lensmith.errors import RowCode, RowError
 from lensmith.types import Encoded, ImageSize, Sample
 
@@ -97,7 +97,7 @@ class Measurer:
             return Fitted(original, original)
         if self.on_long == "drop":
             return Fitted(original, None)
-        cap = self._cap(original, self.source.encoder.limits(sample.limits)[0]) if self.on_long == "shrink" else None
+        cap = self._cap(sample, original) if self.on_long == "shrink" else None
         if cap is None:
             tried = " and smaller images would not do" if self.on_long == "shrink" else ""
             raise RowError(
@@ -120,16 +120,16 @@ class Measurer:
         chunk.thoughts += sample.thoughts
         self._add(row, fitted.encoded, fitted.original, chunk)
 
-    def _cap(self, encoded: Encoded, least: int) -> int | None:
-        """The most tokens per image with which the row fits, not below `least`; None where it cannot."""
-        encoder = self.source.encoder
+    def _cap(self, sample: Sample, encoded: Encoded) -> int | None:
+        """The most tokens per image or moment with which the row fits, not below the least of an image; None where none."""
         room = self.budget_tokens - encoded.num_tokens + sum(image.tokens for image in encoded.images)
 
         def cost(cap: int) -> int:
-            sides = [fit_px(*image.original_px, encoder.geometry, least, cap) for image in encoded.images]
-            return sum(height * width for height, width in sides) // encoder.geometry.token_px**2
+            images, videos = self.source.sizes(sample, max_tokens=cap)
+            return sum(size.tokens for size in itertools.chain(images, *videos))
 
-        low, high = least, max((image.tokens for image in encoded.images), default=0)
+        low = self.source.encoder.limits(sample.limits)[0] if sample.images else 1
+        high = max((image.tokens for image in encoded.images), default=0)
         if not encoded.images or cost(low) > room:
             return None
         while high - low > 1:

@@ -20,8 +20,9 @@ from lensmith.data.images import check_policy, open_image, size_image
 from lensmith.data.refs import RefReader
 from lensmith.data.rows import Rows, open_rows
 from lensmith.data.samples import Layout, guess_layout, to_sample
+from lensmith.data.video import check_video
 from lensmith.errors import ConfigError, RowError
-from lensmith.types import Encoded, ImageRef, Sample, TokenLimits
+from lensmith.types import Encoded, ImageRef, ImageSize, Sample, TokenLimits
 
 if TYPE_CHECKING:
     from lensmith.data.encode import Encoder
@@ -132,11 +133,20 @@ class SampleSource:
         return self.encode(self.samples[row], max_tokens=self.caps.get(row))
 
     def encode(self, sample: Sample, *, max_tokens: int | None = None, check: bool = False) -> Encoded:
-        """Ids, labels and image sizes of a sample; with `check`, pictures that were cut off are refused too."""
+        """Ids, labels and image sizes of a sample; with `check`, pictures and videos that were cut off are refused too.
+
+        `max_tokens`: most of one image, and of one moment of a video.
+        """
+        return self.encoder.encode(sample, *self.sizes(sample, max_tokens=max_tokens, check=check))
+
+    def sizes(
+        self, sample: Sample, *, max_tokens: int | None = None, check: bool = False
+    ) -> tuple[list[ImageSize], list[tuple[ImageSize, ...]]]:
+        """What each image costs, and each moment of each video; for the arguments see `encode`."""
         encoder = self.encoder
         least, most = encoder.limits(sample.limits)
         try:
-            sizes = [
+            images = [
                 size_image(
                     ref,
                     encoder.geometry,
@@ -146,9 +156,13 @@ class SampleSource:
                 )
                 for ref in sample.images
             ]
+            videos = [encoder.size_video(video, max_tokens) for video in sample.videos]
+            if check:
+                for moments in videos:
+                    check_video(moments)
         except RowError as fault:
             raise fault.at(sample.where) from fault
-        return encoder.encode(sample, sizes)
+        return images, videos
 
     def header(self, ref: ImageRef, *, check: bool = False) -> Header:
         """What the picture's file says of itself; read once for rows that follow one another.
