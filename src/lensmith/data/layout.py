@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from lensmith.data.json_text import NotJson, parse_json
 from lensmith.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def _speaker_key(value: Any) -> Literal["role", "from"] | None:
     """How a list of turns says who speaks; None for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except NotJson:
             return None
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from urllib.parse import unquote
 from PIL import Image
 
 from lensmith.data.documents import ALL_PAGES, DOCUMENT_START, read_pages, split_pages
+from lensmith.data.json_text import NotJson, parse_json
 from lensmith.data.places import WEB, LocalRoot
 from lensmith.data.remote import RemoteRoot, is_remote, outside
 from lensmith.errors import RowError
@@ -100,8 +100,8 @@ class RefReader:
     def _split(self, cell: str, where: str, depth: int) -> Iterator[Any]:
         if cell.startswith("["):
             try:
-                listed = json.loads(cell)
-            except (ValueError, RecursionError):
+                listed = parse_json(cell)
+            except NotJson:
                 yield cell  # a file may be called [1].png
                 return
             yield from self._flatten(listed, where, depth + 1)

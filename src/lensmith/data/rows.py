@@ -5,6 +5,7 @@ and Hugging Face data sets are memory-mapped by `datasets`. All are picklable, s
 
     rows.jsonl  rows.json  rows.csv  rows.tsv  rows.parquet     a file
     charts/                                                     a folder: images beside one such file
+    instances.json   set/ (images and labels)   set/ (*.json)   COCO, YOLO, LabelMe: see lensmith.data.annotations
     hf://datasets/owner/name/rows.jsonl   s3://...   gs://...   a file elsewhere
     charts/ (from save_to_disk)   owner/name   owner/name:test  a Hugging Face data set
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import json
 import os
 import re
 import weakref
@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from lensmith.data.json_text import NotJson, parse_json
 from lensmith.data.remote import fetch_file, is_remote, parent
 from lensmith.data.spans import Span, csv_delimiter, csv_spans, json_spans, line_spans, starts_array
 from lensmith.errors import DataError, RowError
@@ -93,7 +94,7 @@ def open_rows(path: str | Path) -> Rows:
 def _open_remote(address: str) -> Rows:
     kept, sentence = fetch_file(address)
     rows = _open_files([kept])
-    rows.root, rows.sentences = parent(address), (sentence,)
+    rows.root, rows.sentences = parent(address), (sentence, *rows.sentences)
     return rows
 
 
@@ -156,22 +157,16 @@ class _JsonRows(_SpanRows):
 
     def parse(self, where: str, text: str) -> Mapping[str, Any]:
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as cause:  # a plain ValueError: a number of over 4,300 digits
+            fields = parse_json(text)
+        except NotJson as cause:
             shown = text.strip()[:60]
             raise RowError(
-                where, "not_json", f"not JSON ({_json_fault(cause)}): {shown!r}. Each row is one object on one line."
+                where, "not_json", f"not JSON ({cause}): {shown!r}. Each row is one object on one line."
             ) from cause
         if not isinstance(fields, dict) or not fields:
             kind = "an empty object" if fields == {} else f"a JSON {type(fields).__name__}"
             raise RowError(where, "malformed_row", f"holds {kind}; a row is an object of columns: {{...}}.")
         return fields
-
-
-def _json_fault(cause: ValueError | RecursionError) -> str:
-    if isinstance(cause, json.JSONDecodeError):
-        return f"{cause.msg}, column {cause.colno}"
-    return "nested too deep" if isinstance(cause, RecursionError) else str(cause)
 
 
 class _CsvRows(_SpanRows):
@@ -234,11 +229,24 @@ class _MappedRows(Rows):
         return len(self._dataset)
 
     def read(self, index: int) -> Row:
-        fields = dict(self._dataset[index])
+        where = f"{self.name}#{index}"
+        try:
+            fields = dict(self._dataset[index])
+        except UnicodeDecodeError as cause:
+            raise RowError(where, "malformed_row", f"holds text that is not UTF-8 ({cause.reason}); mend it.") from cause
         for column, names in self._labels.items():
-            if fields[column] is not None:
-                fields[column] = names[fields[column]]
-        return Row(f"{self.name}#{index}", fields)
+            fields[column] = _label(fields[column], names, column, where)
+        return Row(where, fields)
+
+
+def _label(value: int | None, names: Sequence[str], column: str, where: str) -> str | None:
+    """A class label by name; -1 is how test splits write that there is none."""
+    if value is None or value == -1:
+        return None
+    if not 0 <= value < len(names):
+        sentence = f"{column!r} is {value}, but there are {len(names)} labels, from 0; mend the label."
+        raise RowError(where, "malformed_row", sentence)
+    return names[value]
 
 
 def _has_media(feature: Any) -> bool:
@@ -270,7 +278,11 @@ def _media() -> tuple[type, ...]:
 
 
 def _open_files(paths: list[Path]) -> Rows:
+    from lensmith.data.annotations import open_annotations
+
     first, suffix = paths[0], paths[0].suffix.lower()
+    if (annotated := open_annotations(first)) is not None:
+        return annotated
     if suffix not in DATA_SUFFIXES:
         raise DataError(f"{first}: is a {suffix or 'nameless'} file; Lensmith reads {', '.join(DATA_SUFFIXES)}")
     if any(path.stat().st_size == 0 for path in paths):
@@ -295,6 +307,10 @@ def _open_parquet(paths: list[Path]) -> Rows:
 
 
 def _open_folder(folder: Path) -> Rows:
+    from lensmith.data.annotations import open_annotations
+
+    if (annotated := open_annotations(folder)) is not None:
+        return annotated
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         from datasets import load_from_disk
 

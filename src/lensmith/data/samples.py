@@ -6,13 +6,13 @@ image, question and answer. What is wrong with a row is a RowError that names th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+from lensmith.data.json_text import NotJson, parse_json
 from lensmith.data.layout import Layout, guess_layout
 from lensmith.data.refs import RefReader
 from lensmith.data.thoughts import count_thoughts, drop_thoughts, holds_thought
@@ -295,10 +295,9 @@ def _chat(row: Row, column: str) -> list[Any]:
     value = row.fields.get(column)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as cause:
-            what = cause.msg if isinstance(cause, json.JSONDecodeError) else cause
-            raise RowError(row.where, "malformed_row", f"{column!r} is a text but not JSON ({what}).") from cause
+            value = parse_json(value)
+        except NotJson as cause:
+            raise RowError(row.where, "malformed_row", f"{column!r} is a text but not JSON ({cause}).") from cause
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         found = "no turns" if not value else f"a value of type {type(value).__name__}"
         raise RowError(row.where, "malformed_row", f"{column!r} holds {found}; it must be a list of turns.")
