@@ -7,17 +7,20 @@ pictures of a row are looked at, and all that is wrong with it is told. What com
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from bisect import bisect
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lensmith.check.findings import CODES
 from lensmith.check.keys import digest, row_keys
 from lensmith.check.pictures import Look, look_at
 from lensmith.check.texts import SCRIPTS, count_scripts, ends_in_loop, media_tokens
-from lensmith.data.measure import Chunk, Measurer
+from lensmith.data.box_evidence import BoxTally, audit_boxes
+from lensmith.data.measure import Chunk, Fitted, Measurer
 from lensmith.data.refs import NOT_THERE
 from lensmith.errors import RowError
 from lensmith.types import ImageRef, counted
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
     from lensmith.check.findings import Code
-    from lensmith.types import Encoded, ImageSize, Sample
+    from lensmith.types import ImageSize, Sample
 
 ROW_NUMBERS = {"rows": "q", "exact": "Q", "loose": "Q", "asked": "Q", "answered": "Q", "characters": "i"}
 """Of each usable row: its number, its keys (check/keys.py) and the length of its last answer. 44 bytes."""
@@ -39,7 +42,7 @@ is none) and its sides on disk and as seen, in pixels. 44 bytes."""
 NO_IMPRESSION = -1
 
 Note = tuple["Code", str]
-"""A code and its sentence, for a row that can be used all the same."""
+"""A code and its sentence."""
 
 KNOWN_LOOKS = 16_384
 """Pictures remembered per process, so that questions about one picture decode it once; about 500 bytes each."""
@@ -74,6 +77,8 @@ class Part:
     refused: array[int] = field(default_factory=lambda: array("q"))
     """Row numbers."""
     formats: Counter[str] = field(default_factory=Counter)
+    boxes: defaultdict[int, BoxTally] = field(default_factory=lambda: defaultdict(BoxTally))
+    """By the number of the file."""
     scripts: Int[np.ndarray, " scripts"] = field(default_factory=lambda: np.zeros(len(SCRIPTS), np.int64))
 
     def add(self, **numbers: int) -> None:
@@ -86,10 +91,11 @@ class Part:
         found: dict[Code, Fault] = {}
         for refusal in refusals:
             found.setdefault(refusal.code, Fault(row, refusal.code, where, refusal.sentence, refuses=True))
-        if found:
-            self.refused.append(row)
         for code, sentence in notes:
-            found.setdefault(code, Fault(row, code, where, sentence, refuses=False))
+            refuses = CODES[code].severity == "error"
+            found.setdefault(code, Fault(row, code, where, sentence, refuses))
+        if any(fault.refuses for fault in found.values()):
+            self.refused.append(row)
         self.faults += found.values()
 
 
@@ -99,6 +105,7 @@ class Inspector:
     def __init__(self, measurer: Measurer, *, decode: bool) -> None:
         """`decode`: whether every picture is decoded in full, or only its header and end mark read."""
         self.measurer, self.decode = measurer, decode
+        self._stops = [span.stop for span, _ in measurer.source.samples.spans]
         self._looks: dict[str, Look] = {}
 
     def inspect(self, start: int, stop: int) -> Part:
@@ -138,19 +145,28 @@ class Inspector:
         return look
 
     def _measure(self, row: int, sample: Sample, looks: Mapping[ImageRef, Look], part: Part) -> list[Note]:
-        """Add the numbers of a row with nothing wrong so far; returns what there is to say about its length.
+        """Add the numbers of a row with nothing wrong so far; returns what there is to say about its boxes and length.
 
         Raises:
             RowError: the row does not fit the token budget, or the template does not take it.
         """
-        original, fitted = self.measurer.measure_sample(row, sample, part.chunk)
-        if fitted is None:
-            return [("too_long", part.chunk.dropped[-1].sentence)]
+        fitted = self.measurer.fit(row, sample)
+        boxes = audit_boxes(sample, (fitted.encoded or fitted.original).images, sample.boxes)
+        if boxes.boxes or boxes.points:
+            part.boxes[bisect(self._stops, row)] += BoxTally.of([boxes])
+        if boxes.faults:
+            return [*boxes.faults]
+        self.measurer.add(row, sample, fitted, part.chunk)
+        if fitted.encoded is None:
+            return [("too_long", self.measurer.excess(fitted.original))]
         keys = row_keys(sample, [looks[ref].content for ref in sample.images])
         part.add(rows=row, characters=len(sample.answer), **keys._asdict())
-        for image in fitted.images:
+        for image in fitted.encoded.images:
             _add_picture(row, image, looks.get(image.ref) if isinstance(image.ref, ImageRef) else None, part)
-        return [("too_long", _shrunk(original, fitted))] if row in part.chunk.caps else []
+        if fitted.cap is None:
+            return []
+        reduced = f"its images are reduced until it has {fitted.encoded.num_tokens:,}, as data.on_long=shrink says."
+        return [("too_long", f"{_needs(fitted)}; {reduced}")]
 
 
 def _add_picture(row: int, image: ImageSize, look: Look | None, part: Part) -> None:
@@ -163,11 +179,9 @@ def _add_picture(row: int, image: ImageSize, look: Look | None, part: Part) -> N
     part.formats[look.header.format if look and look.header else "video"] += 1
 
 
-def _shrunk(original: Encoded, fitted: Encoded) -> str:
-    return (
-        f"needs {original.num_tokens:,} tokens; its images are reduced until it fits, which leaves {fitted.num_tokens:,}, "
-        "as data.on_long=shrink says."
-    )
+def _needs(fitted: Fitted) -> str:
+    image_tokens = sum(image.tokens for image in fitted.original.images)
+    return f"needs {fitted.original.num_tokens:,} tokens, {image_tokens:,} of them for images"
 
 
 def _odd_pictures(looks: Mapping[ImageRef, Look]) -> Iterator[Note]:

@@ -1,0 +1,76 @@
+"""What a check needs before it can read: an encoder, the data of both sides, a token budget; and what is assumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lensmith.config.tree import PACK_TOKENS
+from lensmith.data.encode import Encoder
+from lensmith.data.source import SampleSource, open_source
+from lensmith.errors import ModelError
+from lensmith.rundir import RunDir
+
+if TYPE_CHECKING:
+    from lensmith.check.report import Side
+    from lensmith.config.tree import RunConfig
+
+RATE_STEPS = 20
+"""Newest steps of the run folder whose speed is taken for that of the steps to come."""
+
+
+def open_encoder(config: RunConfig) -> tuple[Encoder, list[str]]:
+    """The encoder of config.model, and what to say about it; the tiny one's where that model is not at hand.
+
+    Raises:
+        ModelError: config.model is a folder without a usable processor, or the name of no Qwen3-VL.
+    """
+    from lensmith.model.load import load_processor
+    from lensmith.model.names import TINY, resolve_model
+
+    name, told = config.model, []
+    try:
+        processor = load_processor(name)
+    except ModelError:
+        if resolve_model(name) != name:  # a folder, which is there and broken
+            raise
+        processor = load_processor(TINY)
+        told = [f"{name} is not on this machine and cannot be fetched, so its tokenizer is not known here."]
+    if told or name == TINY:
+        told += [
+            f"Token counts: images as every Qwen3-VL counts them, texts by the tokenizer of {TINY}, which has 2,000 words "
+            "and needs two to three times as many tokens as Qwen3-VL's. Set model to the folder of yours for exact counts."
+        ]
+    return Encoder.from_processor(processor, config.data.image), told
+
+
+def open_sides(config: RunConfig, encoder: Encoder) -> dict[Side, SampleSource]:
+    """The files of data.train, and those of data.test unless it is a share of them.
+
+    Raises:
+        ConfigError, DataError: there is no data file, or it is missing or empty as a whole.
+    """
+    sides: dict[Side, SampleSource] = {"train": open_source(config.data, encoder, which="train")}
+    if isinstance(config.data.test, str):
+        sides["test"] = open_source(config.data, encoder, which="test")
+    return sides
+
+
+def choose_budget(config: RunConfig) -> tuple[int, list[str]]:
+    """Tokens of the longest row that fits a pack, and what is assumed about it."""
+    from lensmith.model.load import choose_device
+
+    if config.pack.tokens is not None:
+        return config.pack.tokens, []
+    device = choose_device().type
+    other = next(kind for kind in PACK_TOKENS if kind != device)
+    return PACK_TOKENS[device], [
+        f"Token budget: pack.tokens is not set, so {PACK_TOKENS[device]:,}, as on this machine ({device}); "
+        f"on {other} it would be {PACK_TOKENS[other]:,}."
+    ]
+
+
+def known_rate(config: RunConfig) -> float | None:
+    """Tokens per second that the run folder's newest steps made; None before the first step."""
+    steps = RunDir(config.run).read_metrics()[-RATE_STEPS:]
+    took_s = sum(step["step_s"] for step in steps)
+    return sum(step["tokens"] for step in steps) / took_s if took_s else None
