@@ -1,5 +1,6 @@
 """A scan says what every row costs and where all rows went; nothing is lost on the way and nothing leaks between parts."""
 
+import functools
 import gc
 import json
 import pathlib
@@ -14,6 +15,7 @@ from lensmith.config.tree import Data, Images, Source
 from lensmith.data.encode import Encoder
 from lensmith.data.images import read_patches
 from lensmith.data.measure import Measurer
+from lensmith.data.pool import in_chunks
 from lensmith.data.scan import Scan, hold_out, scan_source
 from lensmith.data.source import open_source
 from lensmith.errors import DataError
@@ -83,7 +85,7 @@ def test_numbers_are_those_of_the_encoded_samples(scan_of):
 def test_rows_in_are_kept_and_refused_with_reasons(scan_of):
     scan = scan_of(GOOD + BAD, on_bad_row="skip")
     assert len(scan.rows) == len(GOOD)
-    assert [(refusal.where, refusal.code) for refusal in scan.refused] == [
+    assert [(refusal.where, refusal.code) for refusal in scan.refused.named] == [
         ("rows.jsonl:14", "missing_file"),
         ("rows.jsonl:15", "empty_answer"),
         ("rows.jsonl:16", "truncated_image"),
@@ -131,7 +133,11 @@ def test_row_over_the_budget_gets_smaller_images_until_it_fits(scan_of):
 
 def test_row_over_the_budget_is_dropped_or_an_error_where_that_is_asked(scan_of):
     scan = scan_of([*GOOD, LONG], budget=100, on_long="drop")
-    assert (len(scan.rows), scan.dropped[0].where, scan.dropped[0].code) == (13, "rows.jsonl:14", "too_long")
+    assert (len(scan.rows), scan.dropped.named[0].where, scan.dropped.named[0].code) == (
+        13,
+        "rows.jsonl:14",
+        "too_long",
+    )
     assert scan.sentences()[-1] == "14 rows in = 13 kept + 0 refused + 1 dropped."
     with pytest.raises(
         DataError, match=r"rows\.jsonl:14: needs \d+ tokens, 1\d\d of them for images, but pack\.tokens is 100"
@@ -211,8 +217,8 @@ def test_progress_is_told_up_to_the_last_row(scan_of):
 
 
 def test_many_rows_are_scanned_by_several_processes_to_the_same_end(scan_of, folder, monkeypatch):
-    monkeypatch.setattr("lensmith.data.scan.PARALLEL_ROWS", 10)  # instead of the 20,000 from which it pays
-    monkeypatch.setattr("lensmith.data.scan.CHUNK_ROWS", 5)
+    small = functools.partial(in_chunks, chunk_rows=5, parallel_rows=10)  # instead of 2,000 and 20,000
+    monkeypatch.setattr("lensmith.data.scan.in_chunks", small)
     rows = (GOOD + BAD) * 3
     one, two = (scan_of(rows, on_bad_row="skip", workers=workers) for workers in (1, 2))
     for name in ("rows", "tokens", "learned", "prefix_tokens", "groups", "image_tokens", "pictures"):

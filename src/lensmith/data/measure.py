@@ -8,29 +8,18 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from lensmith.errors import RowCode, RowError
-from lensmith.types import Encoded, ImageSize, Sample
+from lensmith.data.refusals import Refusal, Refusals
+from lensmith.errors import RowError
+from lensmith.types import Encoded, ImageSize, Moment, Sample
 
 if TYPE_CHECKING:
     from lensmith.data.source import SampleSource
 
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A row that is left out, and why."""
-
-    where: str
-    code: RowCode
-    sentence: str
-
-
 ROW_NUMBERS = {"rows": "q", "tokens": "i", "learned": "i", "prefix_tokens": "i", "groups": "q", "image_tokens": "i"}
 """Measured of each usable row, with the type code of the array that collects it: 32 bytes in all."""
-IMAGE_NUMBERS = {"image_rows": "q", "image_keys": "q", "image_scales": "f", "image_changes": "b"}
-"""Measured of each image of such a row: its row, a digest of its key, side seen / side on disk, and -1 where max_tokens
-reduced it or 1 where min_tokens enlarged it. 21 bytes."""
+IMAGE_NUMBERS = {"image_rows": "q", "image_keys": "q", "image_scales": "f", "image_changes": "b", "image_frames": "i"}
+"""Measured of each image and video of such a row: its row, a digest of its key, side seen / side on disk, -1 where max_tokens
+reduced it or 1 where min_tokens enlarged it, and the frames seen of a video, 0 for an image. 25 bytes."""
 
 
 def _arrays() -> dict[str, array[Any]]:
@@ -39,13 +28,13 @@ def _arrays() -> dict[str, array[Any]]:
 
 @dataclass(slots=True)
 class Chunk:
-    """What was measured of some rows, as growing arrays by name."""
+    """What was measured of some rows, as growing arrays by name; a million rows with a picture each are 60 MB."""
 
     numbers: dict[str, array[Any]] = field(default_factory=_arrays)
     caps: dict[int, int] = field(default_factory=dict)
     """Row number -> tokens per image, for rows that only fit with smaller images."""
-    refused: list[Refusal] = field(default_factory=list)
-    dropped: list[Refusal] = field(default_factory=list)
+    refused: Refusals = field(default_factory=Refusals)
+    dropped: Refusals = field(default_factory=Refusals)
     unlearned_answers: int = 0
     thoughts: int = 0
 
@@ -53,6 +42,16 @@ class Chunk:
         """Append one number to each of the named arrays."""
         for name, number in numbers.items():
             self.numbers[name].append(number)
+
+    def extend(self, later: Chunk) -> None:
+        """Add what was measured of later rows."""
+        for name, numbers in later.numbers.items():
+            self.numbers[name].extend(numbers)
+        self.caps |= later.caps
+        self.refused.extend(later.refused)
+        self.dropped.extend(later.dropped)
+        self.unlearned_answers += later.unlearned_answers
+        self.thoughts += later.thoughts
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class Measurer:
                 sample = self.source.sample(row)
                 self.add(row, sample, self.fit(row, sample), chunk)
             except RowError as fault:
-                chunk.refused.append(Refusal(fault.where, fault.code, fault.sentence))
+                chunk.refused.add(Refusal(fault.where, fault.code, fault.sentence))
         return chunk
 
     def fit(self, row: int, sample: Sample) -> Fitted:
@@ -111,14 +110,17 @@ class Measurer:
     def add(self, row: int, sample: Sample, fitted: Fitted, chunk: Chunk) -> None:
         """Add the numbers of a fitted sample to those of its chunk."""
         if fitted.encoded is None:
-            sentence = f"{_needs(fitted.original)}, and pack.tokens is {self.budget_tokens:,}."
-            chunk.dropped.append(Refusal(sample.where, "too_long", sentence))
+            chunk.dropped.add(Refusal(sample.where, "too_long", self.excess(fitted.original)))
             return
         if fitted.cap is not None:
             chunk.caps[row] = fitted.cap
         chunk.unlearned_answers += self.source.encoder.unlearned_answers(sample)
         chunk.thoughts += sample.thoughts
         self._add(row, fitted.encoded, fitted.original, chunk)
+
+    def excess(self, encoded: Encoded) -> str:
+        """What to say of a row that is dropped because it is too long."""
+        return f"{_needs(encoded)}, and pack.tokens is {self.budget_tokens:,}."
 
     def _cap(self, sample: Sample, encoded: Encoded) -> int | None:
         """The most tokens per image or moment with which the row fits, not below the least of an image; None where none."""
@@ -149,18 +151,22 @@ class Measurer:
             image_tokens=sum(image.tokens for image in encoded.images),
         )
         for image in original.images:
-            chunk.add(
-                image_rows=row,
-                image_keys=_digest(image.ref.key.encode("utf-8", "surrogatepass")),
-                image_scales=image.scale,
-                image_changes=self._change(image),
-            )
+            clip = image.ref.clip if isinstance(image.ref, Moment) else None
+            if clip is None or image.ref == Moment(clip, 0):  # the moments of a video are of one size
+                key = image.ref.key if clip is None else clip.video.key
+                chunk.add(
+                    image_rows=row,
+                    image_keys=_digest(key.encode("utf-8", "surrogatepass")),
+                    image_scales=image.scale,
+                    image_changes=self._change(image),
+                    image_frames=0 if clip is None else len(set(clip.frames)),
+                )
 
     def _change(self, image: ImageSize) -> int:
         side = self.source.encoder.geometry.token_px
         height, width = image.original_px
         natural = round(height / side) * round(width / side)
-        return int(np.sign(image.tokens - natural))
+        return (image.tokens > natural) - (image.tokens < natural)
 
 
 def _needs(encoded: Encoded) -> str:

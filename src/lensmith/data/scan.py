@@ -7,32 +7,25 @@ What stays in memory is a few numbers per row. The first and the last word is an
 
 from __future__ import annotations
 
-import itertools
-import os
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lensmith.data.measure import IMAGE_NUMBERS, ROW_NUMBERS, Chunk, Measurer
+from lensmith.data.measure import ROW_NUMBERS, Chunk, Measurer
+from lensmith.data.pool import CHUNK_ROWS, in_chunks
+from lensmith.data.refusals import Refusals, listed
 from lensmith.errors import DataError
 from lensmith.types import counted
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Int
 
-    from lensmith.data.measure import Refusal
     from lensmith.data.source import SampleSource
 
 Progress = Callable[[int, int], None]
 
-CHUNK_ROWS = 2_000
-"""Rows between two calls of `progress`, and per task of a worker."""
-PARALLEL_ROWS = 20_000
-"""From so many rows on, starting processes pays."""
 SHOWN_ROWS = 5
 """Rows named in a message; the rest are counted."""
 
@@ -52,6 +45,19 @@ class ImageCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoCounts:
+    """What the limits of data.video do to the different videos of a data set."""
+
+    videos: int
+    frames: int
+    """Seen in all."""
+    reduced: int
+    """By max_tokens."""
+    median_scale: float | None
+    """Side seen / side on disk, of the reduced ones; None without any."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scan:
     """The usable samples of a source, as arrays of equal length: one entry per sample and epoch."""
 
@@ -68,12 +74,13 @@ class Scan:
     pictures: Int[np.ndarray, " samples"]
     """Equal where two samples share a picture, directly or through others; negative, and the row's own, without one."""
     rows_in: int
-    refused: tuple[Refusal, ...]
-    dropped: tuple[Refusal, ...]
+    refused: Refusals
+    dropped: Refusals
     """Rows over the token budget, with data.on_long=drop."""
     shrunk: tuple[int, ...]
     """Rows whose images get fewer tokens than others, to fit the budget."""
     images: ImageCounts
+    videos: VideoCounts
     unlearned_answers: int
     """Earlier answers that are context only, because the chat template shows them differently once they are past."""
     thoughts: int
@@ -81,7 +88,14 @@ class Scan:
 
     def sentences(self) -> tuple[str, ...]:
         """What to tell the user; the last one is where all rows went."""
-        about = (self._about_images, self._about_shrunk, self._about_answers, self._about_thoughts, self._about_refused)
+        about = (
+            self._about_images,
+            self._about_videos,
+            self._about_shrunk,
+            self._about_answers,
+            self._about_thoughts,
+            self._about_refused,
+        )
         return (*(sentence for tell in about if (sentence := tell())), self._about_rows())
 
     def remarks(self) -> tuple[str, ...]:
@@ -102,6 +116,18 @@ class Scan:
             parts.append(f"{images.enlarged:,} enlarged to {self._limits(0)}")
         return "; ".join(parts if len(parts) > 1 else [*parts, "none reduced, none enlarged"]) + "."
 
+    def _about_videos(self) -> str:
+        counts, limits = self.videos, self.source.encoder.video
+        if not counts.videos or limits is None:
+            return ""
+        reduced = "none reduced"
+        if counts.reduced:
+            reduced = (
+                f"{counts.reduced:,} reduced to data.video.max_tokens={limits.max_tokens}: "
+                f"sides to {counts.median_scale:.0%} in the median"
+            )
+        return f"{counted(counts.videos, 'video')}, of which {counted(counts.frames, 'frame')} are seen; {reduced}."
+
     def _limits(self, which: Literal[0, 1]) -> str:
         """The fewest or most tokens of an image, as a setting and its value; a range where files have their own."""
         name, encoder = ("min_tokens", "max_tokens")[which], self.source.encoder
@@ -121,7 +147,7 @@ class Scan:
             return ""
         caps = sorted({self.source.caps[row] for row in self.shrunk})
         most = f"{caps[0]} to {caps[-1]}" if len(caps) > 1 else f"{caps[0]}"
-        named = _listed([self.source.samples[row].where for row in self.shrunk[:SHOWN_ROWS]], len(self.shrunk))
+        named = listed([self.source.samples[row].where for row in self.shrunk[:SHOWN_ROWS]], len(self.shrunk))
         return (
             f"{counted(len(self.shrunk), 'row')} over the token budget: their images get at most {most} tokens each "
             f"({named}). Raise pack.tokens to keep them whole."
@@ -136,15 +162,7 @@ class Scan:
         )
 
     def _about_refused(self) -> str:
-        out = (*self.refused, *self.dropped)
-        if not out:
-            return ""
-        counts = Counter(refusal.code for refusal in out)
-        named = [
-            f"{count:,} {code} ({_listed([r.where for r in out if r.code == code][:SHOWN_ROWS], count)})"
-            for code, count in counts.most_common()
-        ]
-        return f"Left out: {'; '.join(named)}. First: {out[0].sentence}"
+        return (self.refused + self.dropped).sentence(SHOWN_ROWS)
 
     def _about_rows(self) -> str:
         kept = self.rows_in - len(self.refused) - len(self.dropped)
@@ -174,12 +192,8 @@ def scan_source(
         DataError: rows cannot be used and may not be skipped, or none can be used; the first few are named.
     """
     measurer = Measurer(source, budget_tokens, on_long)
-    chunks: list[Chunk] = []
-    for chunk in _chunks(measurer, len(source), workers):
-        chunks.append(chunk)
-        if progress is not None:
-            progress(min(len(chunks) * CHUNK_ROWS, len(source)), len(source))
-    scan = join_chunks(source, chunks)
+    chunks = in_chunks(measurer.measure, len(source), workers=workers)
+    scan = join_chunks(source, chunks if progress is None else _told(chunks, progress, len(source)))
     _stop_for(scan, on_long, on_bad_row)
     return weighted(scan, seed)
 
@@ -203,55 +217,36 @@ def hold_out(scan: Scan, share: float, seed: int) -> tuple[Scan, Scan]:
     return _part(scan, ~is_held), _part(scan, is_held)
 
 
-def _chunks(measurer: Measurer, num_rows: int, workers: int | None) -> Iterator[Chunk]:
-    starts = range(0, num_rows, CHUNK_ROWS)
-    spans = [(start, min(start + CHUNK_ROWS, num_rows)) for start in starts]
-    processes = (os.cpu_count() or 1) if workers is None else workers
-    if num_rows < PARALLEL_ROWS or processes < 2 or sys.platform != "linux":
-        yield from itertools.starmap(measurer.measure, spans)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    # Forked, so that starting costs nothing and needs no __main__ guard; the children touch neither torch nor a GPU.
-    with ProcessPoolExecutor(processes, get_context("fork"), _adopt, (measurer,)) as pool:
-        yield from pool.map(_measure, spans)
+def _told(chunks: Iterable[Chunk], progress: Progress, total: int) -> Iterator[Chunk]:
+    for number, chunk in enumerate(chunks, 1):
+        yield chunk
+        progress(min(number * CHUNK_ROWS, total), total)
 
 
-_adopted: list[Measurer] = []
-"""In a worker process only: what it measures with."""
-
-
-def _adopt(measurer: Measurer) -> None:
-    _adopted.append(measurer)
-
-
-def _measure(span: tuple[int, int]) -> Chunk:
-    return _adopted[0].measure(*span)
-
-
-def join_chunks(source: SampleSource, chunks: list[Chunk]) -> Scan:
+def join_chunks(source: SampleSource, chunks: Iterable[Chunk]) -> Scan:
     """What was measured of all rows, in one piece."""
-    names = ROW_NUMBERS | IMAGE_NUMBERS
-    whole = {name: np.concatenate([np.array(chunk.numbers[name]) for chunk in chunks]) for name in names}
-    caps = {row: cap for chunk in chunks for row, cap in chunk.caps.items()}
-    rows, owners = whole["rows"], np.searchsorted(whole["rows"], whole["image_rows"])
+    whole = Chunk()
+    for chunk in chunks:
+        whole.extend(chunk)
+    numbers = {name: np.frombuffer(values, values.typecode) for name, values in whole.numbers.items()}
+    rows, owners = numbers["rows"], np.searchsorted(numbers["rows"], numbers["image_rows"])
     return Scan(
-        source=source.with_caps(caps) if caps else source,
+        source=source.with_caps(whole.caps) if whole.caps else source,
         rows=rows,
-        tokens=whole["tokens"],
-        learned=whole["learned"],
-        prefix_tokens=whole["prefix_tokens"],
-        groups=whole["groups"],
-        image_tokens=whole["image_tokens"],
-        pictures=_connected(rows, owners, whole["image_keys"]),
+        tokens=numbers["tokens"],
+        learned=numbers["learned"],
+        prefix_tokens=numbers["prefix_tokens"],
+        groups=numbers["groups"],
+        image_tokens=numbers["image_tokens"],
+        pictures=_connected(rows, owners, numbers["image_keys"]),
         rows_in=len(source),
-        refused=tuple(itertools.chain.from_iterable(chunk.refused for chunk in chunks)),
-        dropped=tuple(itertools.chain.from_iterable(chunk.dropped for chunk in chunks)),
-        shrunk=tuple(caps),
-        images=_count_images(whole["image_keys"], whole["image_scales"], whole["image_changes"]),
-        unlearned_answers=sum(chunk.unlearned_answers for chunk in chunks),
-        thoughts=sum(chunk.thoughts for chunk in chunks),
+        refused=whole.refused,
+        dropped=whole.dropped,
+        shrunk=tuple(whole.caps),
+        images=_count_images(numbers),
+        videos=_count_videos(numbers),
+        unlearned_answers=whole.unlearned_answers,
+        thoughts=whole.thoughts,
     )
 
 
@@ -280,40 +275,52 @@ def _connected(
     return np.where(labels < 0, -1 - rows, labels)
 
 
-def _count_images(keys: np.ndarray, scales: np.ndarray, changes: np.ndarray) -> ImageCounts:
-    _, first = np.unique(keys, return_index=True)
-    reduced = scales[first][changes[first] < 0]
+def _count_images(numbers: Mapping[str, np.ndarray]) -> ImageCounts:
+    scales, changes, _ = _distinct(numbers, numbers["image_frames"] == 0)
+    reduced = scales[changes < 0]
     return ImageCounts(
-        pictures=len(first),
+        pictures=len(scales),
         reduced=len(reduced),
         median_scale=float(np.median(reduced)) if len(reduced) else None,
         min_scale=float(reduced.min()) if len(reduced) else None,
-        enlarged=int((changes[first] > 0).sum()),
+        enlarged=int((changes > 0).sum()),
     )
 
 
+def _count_videos(numbers: Mapping[str, np.ndarray]) -> VideoCounts:
+    scales, changes, frames = _distinct(numbers, numbers["image_frames"] > 0)
+    reduced = scales[changes < 0]
+    return VideoCounts(
+        videos=len(scales),
+        frames=int(frames.sum()),
+        reduced=len(reduced),
+        median_scale=float(np.median(reduced)) if len(reduced) else None,
+    )
+
+
+def _distinct(
+    numbers: Mapping[str, np.ndarray], chosen: Bool[np.ndarray, " images"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scales, changes and frames of the chosen ones, each once."""
+    _, first = np.unique(numbers["image_keys"][chosen], return_index=True)
+    scales, changes, frames = (numbers[f"image_{name}"][chosen][first] for name in ("scales", "changes", "frames"))
+    return scales, changes, frames
+
+
 def _stop_for(scan: Scan, on_long: str, on_bad_row: str) -> None:
-    too_long = [refusal for refusal in scan.refused if refusal.code == "too_long"]
-    stopping = scan.refused if on_bad_row == "error" else too_long if on_long == "error" else ()
+    too_long = scan.refused.of("too_long")
+    stopping = scan.refused if on_bad_row == "error" else too_long if on_long == "error" else Refusals()
     if stopping:
         way_out = (
             "Mend them, or set data.on_long=shrink or drop."
             if len(stopping) == len(too_long) and on_long == "error"
             else "Mend them, or set data.on_bad_row=skip to leave them out."
         )
-        raise DataError(f"{len(stopping):,} of {scan.rows_in:,} rows cannot be used:\n{_first(stopping)}\n{way_out}")
+        lines = stopping.lines(SHOWN_ROWS)
+        raise DataError(f"{len(stopping):,} of {scan.rows_in:,} rows cannot be used:\n{lines}\n{way_out}")
     if not len(scan.rows):
-        raise DataError(f"none of the {scan.rows_in:,} rows can be used:\n{_first((*scan.refused, *scan.dropped))}")
-
-
-def _first(refusals: tuple[Refusal, ...] | list[Refusal]) -> str:
-    lines = [f"  {refusal.where}: {refusal.sentence}" for refusal in refusals[:SHOWN_ROWS]]
-    more = len(refusals) - len(lines)
-    return "\n".join([*lines, f"  and {more:,} more"] if more else lines)
-
-
-def _listed(names: list[str], total: int) -> str:
-    return ", ".join(names) + (f" and {total - len(names):,} more" if total > len(names) else "")
+        lines = (scan.refused + scan.dropped).lines(SHOWN_ROWS)
+        raise DataError(f"none of the {scan.rows_in:,} rows can be used:\n{lines}")
 
 
 def weighted(scan: Scan, seed: int) -> Scan:
@@ -341,14 +348,14 @@ def _pick(scan: Scan, indices: np.ndarray) -> Scan:
 
 def _part(scan: Scan, chosen: np.ndarray) -> Scan:
     part = _pick(scan, np.flatnonzero(chosen))
-    held = set(part.rows.tolist())
     return replace(
         part,
-        rows_in=len(held),
-        refused=(),
-        dropped=(),
-        shrunk=tuple(row for row in scan.shrunk if row in held),
+        rows_in=len(np.unique(part.rows)),
+        refused=Refusals(),
+        dropped=Refusals(),
+        shrunk=tuple(np.intersect1d(scan.shrunk, part.rows).tolist()),
         images=ImageCounts(0, 0, None, None, 0),
+        videos=VideoCounts(0, 0, 0, None),
         unlearned_answers=0,
         thoughts=0,
     )
