@@ -122,7 +122,7 @@ def test_unusable_rows_and_rows_without_pictures_are_passed_over(loaded, source_
 def test_too_few_pictures_are_refused_with_both_counts(loaded, source_of, shape_rows):
     with pytest.raises(DataError, match="blind test: 0 of 1 rows have a picture and an answer, and at least 2"):
         blind_test(loaded.model, source_of([{"question": "2 + 2?", "answer": "4"}]), range(1), seed=0)
-    with pytest.raises(DataError, match=re.escape("rows.jsonl:1 shows all 1 different pictures")):
+    with pytest.raises(DataError, match=re.escape("rows.jsonl:1 shares a picture with each of the 2 rows")):
         blind_test(loaded.model, source_of([shape_rows[0]] * 4), [0, 0, 1], seed=0)
 
 

@@ -25,10 +25,11 @@ from lensmith.check.report import (
     Spread,
     TokenReport,
 )
-from lensmith.config.tree import Data, Images
+from lensmith.config.tree import Boxes, Data, Images
 from lensmith.data.encode import Encoder
 from lensmith.data.source import open_source
 from lensmith.errors import RowError
+from lensmith.evals.markup import show
 
 MOST_BYTES = 20_000_000
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m & \"quoted\" 'so' <img src=x onerror=alert(2)>"
@@ -265,8 +266,6 @@ def test_clean_data_is_ready_and_says_that_nothing_was_found(page_of):
 def test_every_finding_is_named_with_its_meaning_and_its_fix(page_of):
     findings = [finding(code, example(number % 40, f"sentence {number}")) for number, code in enumerate(CODES)]
     said = words(page_of(ROWS, *findings))
-    from lensmith.evals.markup import show
-
     for code, kind in CODES.items():
         assert code in said
         assert show(kind.meaning) in said
@@ -299,23 +298,57 @@ def test_a_page_of_few_rows_shows_each_once(source_of):
     assert sorted(c.row for c in choose_rows(report_of(source), {"train": source}, seed=0, rows=24)) == [0, 1, 2]
 
 
-def test_the_page_stays_under_its_limit_whatever_the_rows(page_of, folder, encoder):
-    """Slow-ish: 96 noisy pictures, which no JPEG makes small, and answers of a million characters."""
-    rows = [
-        {
-            "images": [f"p{n}.png" for n in (9, 8, 7, 6, 5, 4)],
-            "messages": [
-                {"role": "user", "content": "<image>" * 6 + '"' * 50_000},
-                {"role": "assistant", "content": "<&" * 100_000},
-            ],
-        }
-    ] * 24
+def test_the_page_stays_under_its_limit_whatever_the_rows(page_of):
+    """Six noisy pictures a row, which no JPEG makes small, and more of every text than is shown, all of it escaped."""
+    row = {
+        "images": [f"p{number}.png" for number in (9, 8, 7, 6, 5, 4)],
+        "messages": [
+            {"role": "user", "content": "<image>" * 6 + '"' * 20_000},
+            {"role": "assistant", "content": "<&" * 10_000},
+        ],
+    }
     findings = [finding(code, *(example(row, "<" * 100_000, "&" * 10_000) for row in range(20))) for code in CODES]
-    page = page_of(rows, *findings)
+    page = page_of([row] * 24, *findings)
     Reader(page)
     assert len(page.encode()) < MOST_BYTES
-    assert "and 2 more images" in words(page)
+    assert "and 2 more pictures" in words(page)
     assert "more tokens" in words(page)
+
+
+BOXES = json.dumps([{"bbox_2d": [100, 200, 500, 600], "label": "<cat>"}, {"point_2d": [250, 750], "label": "nose"}])
+
+
+def test_boxes_are_those_of_the_decoded_ids(page_of):
+    page = page_of([ask("p9.png", 'Is it inside {"bbox_2d": [10, 20, 30, 40]}?', BOXES), ROWS[0]])
+    assert re.findall(r'<path class="over (\w+)" d="(.*?)"', page) == [
+        ("question", "M10 20H30V40H10z"),
+        ("answer", "M100 200H500V600H100z"),
+        ("answer", "M250 750h0"),
+    ]
+    assert "<code>100, 200, 500, 600</code>" in page
+
+
+def test_declared_boxes_are_drawn_as_converted(folder, encoder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ask("p9.png", "Where?", '{"bbox_2d": [67, 40, 167, 200]}')))  # p9.png has 334 x 400 px
+    for target in ("xyxy_1000", "resized_px"):
+        data = Data(train=str(path), image_root=folder, boxes=Boxes(convention="xyxy_px", target=target))
+        source = open_source(data, encoder, which="train")
+        write_page(report_of(source), {"train": source}, tmp_path / "report.html", seed=0)
+        (outline,) = re.findall(r'<path class="over answer" d="(.*?)"', (tmp_path / "report.html").read_text())
+        numbers = [float(number) for number in re.findall(r"[\d.]+", outline)]
+        # Resized pixels are whole, so a thousandth of 256 px and more may be two away.
+        assert numbers == pytest.approx([201, 100, 500, 500, 201], abs=2)
+
+
+def test_of_many_pictures_a_box_lies_in_the_one_that_it_names(page_of):
+    named = json.dumps([{"bbox_2d": [1, 2, 3, 4], "image_index": 1}, {"bbox_2d": [5, 6, 7, 8]}])
+    row = {"images": ["p0.png", "p1.png"], "messages": [
+        {"role": "user", "content": "<image><image>Where?"}, {"role": "assistant", "content": named}]}  # fmt: skip
+    first, second = re.findall(r"<figure>(.*?)</figure>", page_of([row, ROWS[0]]), re.DOTALL)[:2]
+    assert "<path" not in first
+    assert "M1 2H3V4H1z" in second
+    assert "M5 6" not in second, "a box that names no picture is not drawn just anywhere"
 
 
 def test_large_noise_is_embedded_within_its_bytes():

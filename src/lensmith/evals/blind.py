@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from lensmith.data.pack import pack_samples
 from lensmith.errors import DataError, RowError
-from lensmith.types import Encoded, ImageRef
+from lensmith.types import Encoded, ImageRef, Moment
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -79,7 +80,7 @@ def blind_test(model: Any, source: SampleSource, rows: Sequence[int], *, samples
     """
     generator = np.random.default_rng(seed)
     right = _drawn(source, generator.permutation(np.unique(rows)), samples)
-    views = (right, _shuffled(right, generator), [_with_pictures(one, [_grey()] * len(one.images)) for one in right])
+    views = (right, _shuffled(right, generator), [_with_pictures(one, [_grey()]) for one in right])
     losses = np.array([_answer_nats(model, source, view) for view in views])
     tokens = np.array([one.num_learned for one in right])
     low, high = _bootstrap(losses[1] - losses[0], tokens, generator)
@@ -108,25 +109,24 @@ def _drawn(source: SampleSource, order: Int[np.ndarray, " rows"], samples: int) 
 
 
 def _shuffled(right: Sequence[Encoded], generator: np.random.Generator) -> list[Encoded]:
-    """Each sample with pictures that none of its own is equal to."""
-    pictures = {image.ref.key: image.ref for one in right for image in one.images}
+    """Each sample with the pictures of another one, none of which is its own; as often as its frames need."""
+    shown = [{image.ref.key for image in one.images} for one in right]
     shuffled = []
-    for one in right:
-        own = {image.ref.key for image in one.images}
-        others = [ref for key, ref in pictures.items() if key not in own]
+    for one, own in zip(right, shown, strict=True):
+        others = [number for number, keys in enumerate(shown) if own.isdisjoint(keys)]
         if not others:
             raise DataError(
-                f"blind test: {one.where} shows all {len(pictures)} different pictures of the rows that were drawn, so "
-                "no other is left to put in their place; use rows with different pictures."
+                f"blind test: {one.where} shares a picture with each of the {len(right)} rows that were drawn, so none has "
+                "others to put in their place; use rows with different pictures."
             )
-        chosen = generator.integers(len(others), size=len(one.images))
-        shuffled.append(_with_pictures(one, [others[number] for number in chosen]))
+        other = right[others[generator.integers(len(others))]]
+        shuffled.append(_with_pictures(one, [image.ref for image in other.images]))
     return shuffled
 
 
-def _with_pictures(encoded: Encoded, refs: Sequence[ImageRef]) -> Encoded:
-    """Other pictures in the same frames: sizes seen, and so tokens and positions, stay what they were."""
-    images = tuple(replace(image, ref=ref) for image, ref in zip(encoded.images, refs, strict=True))
+def _with_pictures(encoded: Encoded, refs: Sequence[ImageRef | Moment]) -> Encoded:
+    """Those pictures in turn, in the same frames: sizes seen, and so tokens and positions, stay what they were."""
+    images = tuple(replace(image, ref=ref) for image, ref in zip(encoded.images, itertools.cycle(refs), strict=False))
     return replace(encoded, images=images)
 
 
@@ -144,18 +144,15 @@ def _answer_nats(model: Any, source: SampleSource, samples: Sequence[Encoded]) -
     import torch
 
     encoder, training = source.encoder, model.training
+    pack = functools.partial(
+        pack_samples,
+        geometry=encoder.geometry,
+        image_token_id=encoder.image_token_id,
+        video_token_id=encoder.video_token_id,
+    )
     model.eval()
     with torch.inference_mode():
-        packs = (
-            pack_samples(
-                [one],
-                encoder.geometry,
-                image_token_id=encoder.image_token_id,
-                video_token_id=encoder.video_token_id,
-            )
-            for one in samples
-        )
-        nats = [-float(model(pack=pack).sum()) for pack in packs]
+        nats = [-float(model(pack=pack([one])).sum()) for one in samples]
     model.train(training)
     return nats
 

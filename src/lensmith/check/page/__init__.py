@@ -6,7 +6,6 @@ pictures and characters, and of each picture a set number of bytes.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +31,7 @@ SHOWN_FILES = 20
 UNITS = ((10**9, " G"), (10**6, " M"), (10**3, " k"))
 """For figures at a glance, from two digits on."""
 HEADINGS: dict[Group, tuple[str, str]] = {
-    "drawn": ("Drawn at random", "What training reads, on the whole."),
+    "drawn": ("Drawn at random", "By the seed alone: what training reads most of the time."),
     "edges": ("At the edges", "The largest, the smallest, the most reduced and the longest answer."),
     "found": ("With findings", "The first rows of each finding."),
 }
@@ -128,9 +127,10 @@ def _places(finding: Finding, anchors: Mapping[tuple[str, int], str]) -> str:
 def _rows(choices: Sequence[Choice], sources: Mapping[Side, SampleSource]) -> str:
     picture_bytes = min(PICTURE_BYTES, PICTURES_BYTES // max(1, len(choices) * PICTURES_PER_ROW))
     parts = []
-    for group, members in itertools.groupby(choices, key=lambda choice: choice.group):
-        heading, note = HEADINGS[group]
-        parts.append(f'<h3>{heading}</h3><p class="soft">{note}</p>')
+    for group, (heading, note) in HEADINGS.items():
+        members = [choice for choice in choices if choice.group == group]
+        if members:
+            parts.append(f'<h3>{heading}</h3><p class="soft">{note}</p>')
         parts += [write_row(choice, sources[choice.side], picture_bytes=picture_bytes) for choice in members]
     return "\n".join(parts)
 

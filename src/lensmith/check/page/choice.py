@@ -7,7 +7,7 @@ seed draws, because finding them among a million would mean encoding a million a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -59,9 +59,8 @@ class Choice:
 
 def choose_rows(report: CheckReport, sources: Mapping[Side, SampleSource], *, seed: int, rows: int) -> list[Choice]:
     """At most `rows` rows, in groups: drawn at random by `seed`, at the edges, with findings."""
-    found = _found(report)
-    drawn = _permuted(sources, seed)
-    edges = dict(_edges(report, sources["train"], [row for side, row in drawn if side == "train"][:LOOKED_AT]))
+    found, drawn = _found(report), _permuted(sources, seed)
+    edges = dict(_edges(report, sources, drawn[:LOOKED_AT]))
     chosen: dict[Key, Group] = {}
     _take(chosen, "found", _firsts(report), rows - DRAWN_LEAST - len(edges))
     _take(chosen, "found", _round_robin(report), int(rows * FOUND_SHARE))
@@ -99,13 +98,14 @@ def _round_robin(report: CheckReport) -> Iterator[Key]:
 
 def _permuted(sources: Mapping[Side, SampleSource], seed: int) -> list[Key]:
     """The first rows of a random order of all: enough for a page and for looking at edges."""
-    keys = [(side, len(source)) for side, source in sources.items()]
-    total = sum(length for _, length in keys)
+    lengths: list[tuple[Side, int]] = [(side, len(source)) for side, source in sources.items()]
+    total = sum(length for _, length in lengths)
     picked = np.random.default_rng(seed).choice(total, min(total, 2 * LOOKED_AT), replace=False).tolist()
-    return [_key(keys, number) for number in picked]
+    return [_key(lengths, number) for number in picked]
 
 
 def _key(lengths: list[tuple[Side, int]], number: int) -> Key:
+    """The row with that number, the sides laid end to end."""
     for side, length in lengths:
         if number < length:
             return side, number
@@ -113,24 +113,26 @@ def _key(lengths: list[tuple[Side, int]], number: int) -> Key:
     raise IndexError(number)
 
 
-def _edges(report: CheckReport, source: SampleSource, rows: list[int]) -> Iterator[tuple[Key, tuple[Reason, ...]]]:
+def _edges(
+    report: CheckReport, sources: Mapping[Side, SampleSource], keys: Sequence[Key]
+) -> Iterator[tuple[Key, tuple[Reason, ...]]]:
     """The largest row of all; of those looked at the smallest, the most reduced picture and the longest answer."""
     reasons: dict[Key, list[Reason]] = {}
     for large in report.tokens.largest[:1]:
         reasons.setdefault((large.side, large.row), []).append(Reason(f"Most tokens: {large.tokens:,}."))
-    looked_at = dict(_encoded(source, rows))
-    among = "all rows" if len(looked_at) == len(source) else f"{counted(len(looked_at), 'row')} looked at"
+    looked_at = dict(_encoded(sources, keys))
+    among = "all rows" if len(looked_at) == report.ok else f"{counted(len(looked_at), 'row')} looked at"
     for name, score in EDGES.items():
-        best = max(looked_at, key=lambda row: score(looked_at[row]), default=None)
+        best = max(looked_at, key=lambda key: score(looked_at[key]), default=None)
         if best is not None and score(looked_at[best]) > NOTHING:
-            reasons.setdefault(("train", best), []).append(Reason(f"{name} of {among}."))
+            reasons.setdefault(best, []).append(Reason(f"{name} of {among}."))
     return ((key, tuple(told)) for key, told in reasons.items())
 
 
-def _encoded(source: SampleSource, rows: list[int]) -> Iterator[tuple[int, Encoded]]:
-    for row in rows:
+def _encoded(sources: Mapping[Side, SampleSource], keys: Sequence[Key]) -> Iterator[tuple[Key, Encoded]]:
+    for side, row in keys:
         try:
-            yield row, source.encoded(row)
+            yield (side, row), sources[side].encoded(row)
         except RowError:  # refused rows are among the findings
             continue
 

@@ -24,8 +24,8 @@ def write_numbers(report: CheckReport, anchors: Mapping[tuple[str, int], str]) -
         [
             _tokens(report.tokens),
             '<div class="cards">',
-            _largest(report.tokens, anchors),
             _images(report.images),
+            _largest(report.tokens, anchors),
             _answers(report.answers),
             _packs(report.packs),
             "</div>",
@@ -42,7 +42,7 @@ def _tokens(tokens: TokenReport) -> str:
     return (
         f'<section class="card figure"><h3>Tokens per row</h3><p class="soft">{share}</p>{_histogram(tokens)}'
         + _spread_table(
-            ("Per row", "smallest", "median", "95 %", "largest"),
+            ("Per row", "smallest", "median", "95\u00a0%", "largest"),
             {"tokens": tokens.per_row, "of them image": tokens.image_per_row, "learned": tokens.learned_per_row},
         )
         + "</section>"
@@ -137,7 +137,7 @@ def _images(images: ImageReport) -> str:
     }
     if images.scale is not None:
         facts["Side seen / on disk"] = f"{images.scale.median:.0%} in the median, {images.scale.min:.0%} at the least"
-    table = _spread_table(("Images", "smallest", "median", "95 %", "largest"), spreads)
+    table = _spread_table(("Images", "smallest", "median", "95\u00a0%", "largest"), spreads)
     return f'<section class="card figure"><h3>Images: on disk → seen</h3>{table}{_facts(facts)}</section>'
 
 
@@ -150,7 +150,7 @@ def _answers(answers: AnswerReport) -> str:
         facts["Said most often"] = f"“{shorten(text, SHOWN_ANSWER)}” in {counted(rows, 'row')}"
     if answers.scripts:
         facts["Scripts of all texts"] = _shares(answers.scripts, "{:.0%}")
-    table = _spread_table(("Answers", "smallest", "median", "95 %", "largest"), {"characters": answers.characters})
+    table = _spread_table(("Answers", "smallest", "median", "95\u00a0%", "largest"), {"characters": answers.characters})
     return f'<section class="card figure"><h3>Answers</h3>{table}{_facts(facts)}</section>'
 
 

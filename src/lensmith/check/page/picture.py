@@ -25,7 +25,7 @@ SHOWN_PX = 1600
 """Longest side on the page; larger pictures are shown reduced, as they would be on any screen."""
 SMALL_PX, SMALL_TARGET_PX = 160, 240
 """Pictures with a longest side under the first are shown at whole multiples, near the second."""
-TALLEST_PX = 560
+TALLEST_PX = 420
 MOST_BOXES = 100
 """Drawn per picture; more are counted."""
 

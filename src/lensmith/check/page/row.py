@@ -10,27 +10,34 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lensmith.check.page.choice import Reason
-from lensmith.check.page.picture import Box, list_boxes, write_picture
+from lensmith.check.page.picture import UNITS, Box, list_boxes, write_picture
 from lensmith.check.seen import Piece, draw_seen, read_back
+from lensmith.data.box_text import find_boxes, read_image_index
+from lensmith.data.boxes import count_videos_once
 from lensmith.errors import RowError
 from lensmith.evals.markup import shorten, show
-from lensmith.types import counted
+from lensmith.types import Moment, counted
 
 if TYPE_CHECKING:
     from lensmith.check.findings import Severity
     from lensmith.check.page.choice import Choice
+    from lensmith.config.tree import Boxes
     from lensmith.data.source import Samples, SampleSource
-    from lensmith.types import Encoded, ImageSize
+    from lensmith.types import Encoded, ImageSize, Sample
 
 PICTURES_PER_ROW = 4
-RUN_TOKENS = 1_000
+RUN_TOKENS = 500
 """Tokens shown of one run of text; the rest is counted."""
 ROW_CHARACTERS = 12_000
 """Characters shown of all texts of a row; what comes after is counted."""
 RAW_CHARACTERS = 2_000
 """Characters shown of a row that cannot be used, as it is on disk."""
 SENTENCE_CHARACTERS = 600
+SAME_SCALE = 0.05
+"""Rounding to whole tokens changes sides by a few per cent; only what goes beyond is told."""
 MARKS: dict[Severity | None, str] = {"error": "✗", "warning": "!", "note": "i", None: "·"}
 """Findings are told apart by a mark and a word, never by colour alone."""
 
@@ -39,13 +46,14 @@ def write_row(choice: Choice, source: SampleSource, *, picture_bytes: int) -> st
     """The `<article>` of one row, also of one that cannot be used; each picture takes at most `picture_bytes`."""
     reasons = choice.reasons
     try:
-        encoded = source.encoded(choice.row)
+        sample = source.sample(choice.row)
+        encoded = source.encode(sample, max_tokens=source.caps.get(choice.row))
     except RowError as fault:
         where, cost, body = fault.where, "cannot be used; as it is on disk:", _on_disk(source.samples, choice.row)
         if not any(reason.code for reason in reasons):
-            reasons = (*reasons, _reason_of(fault))
+            reasons = (*reasons, Reason(fault.sentence, fault.code, "error"))
     else:
-        where, cost, body = encoded.where, _cost(encoded), _as_seen(encoded, source, picture_bytes)
+        where, cost, body = encoded.where, _cost(encoded), _as_seen(sample, encoded, source, picture_bytes)
     listed = "".join(map(_list_reason, reasons))
     return (
         f'<article class="card row" id="{choice.anchor}">'
@@ -53,10 +61,6 @@ def write_row(choice: Choice, source: SampleSource, *, picture_bytes: int) -> st
         + (f'<ul class="reasons">{listed}</ul>' if listed else "")
         + f"{body}</article>"
     )
-
-
-def _reason_of(fault: RowError) -> Reason:
-    return Reason(fault.sentence, fault.code, "error")
 
 
 def _list_reason(reason: Reason) -> str:
@@ -74,43 +78,65 @@ def _cost(encoded: Encoded) -> str:
     return f"{counted(encoded.num_tokens, 'token')}{images} · {encoded.num_learned:,} learned"
 
 
-def _as_seen(encoded: Encoded, source: SampleSource, picture_bytes: int) -> str:
+def _as_seen(sample: Sample, encoded: Encoded, source: SampleSource, picture_bytes: int) -> str:
     pieces = list(read_back(encoded, source.encoder.tokenizer, most_tokens=RUN_TOKENS))
     prompt = f'<pre class="prompt" dir="auto">{"".join(_spans(pieces))}</pre>'
     if not encoded.images:
         return prompt
-    boxes = _boxes(pieces) if len(encoded.images) == 1 else []
-    figures = [
-        _figure(encoded, number, source, boxes, picture_bytes)
-        for number in range(len(encoded.images[:PICTURES_PER_ROW]))
-    ]
-    more = len(encoded.images) - len(figures)
-    rest = f'<p class="soft">and {counted(more, "more image")}</p>' if more else ""
-    return f'<div class="sight"><div class="pictures">{"".join(figures)}{rest}</div>{prompt}</div>'
+    boxes = list(_boxes(pieces, sample.boxes, encoded.images))
+    shown = np.unique(np.linspace(0, len(encoded.images) - 1, PICTURES_PER_ROW).round().astype(int)).tolist()
+    figures = []
+    for number in shown:
+        size = encoded.images[number]
+        over = [box for owner, box in boxes if owner is size]
+        figures.append(_figure(f"Picture {number + 1} of {encoded.where}", size, over, source, picture_bytes))
+    more = len(encoded.images) - len(shown)
+    rest = f'<p class="soft">and {counted(more, "more picture")}</p>' if more else ""
+    several = " several" if len(shown) > 1 else ""
+    return f'<div class="sight"><div class="pictures{several}">{"".join(figures)}{rest}</div>{prompt}</div>'
 
 
-def _figure(encoded: Encoded, number: int, source: SampleSource, boxes: Sequence[Box], picture_bytes: int) -> str:
-    size = encoded.images[number]
+def _figure(name: str, size: ImageSize, boxes: Sequence[Box], source: SampleSource, picture_bytes: int) -> str:
     try:
         drawn = draw_seen(size, source.encoder.geometry)
     except RowError as fault:
-        return f'<figure><p class="broken">{show(shorten(fault.sentence, SENTENCE_CHARACTERS))}</p></figure>'
-    alt = f"Image {number + 1} of {encoded.where} as the model sees it"
-    picture = write_picture(drawn, boxes, alt=alt, most_bytes=picture_bytes)
+        return (
+            f'<figure><p class="broken">{fault.code}: {show(shorten(fault.sentence, SENTENCE_CHARACTERS))}</p></figure>'
+        )
+    picture = write_picture(drawn, boxes, alt=f"{name} as the model sees it", most_bytes=picture_bytes)
     return f"<figure>{picture}<figcaption>{_caption(size)}{list_boxes(boxes)}</figcaption></figure>"
 
 
 def _caption(size: ImageSize) -> str:
     (height, width), (seen_height, seen_width) = size.original_px, size.seen_px
-    scale = f", {size.scale:.0%} of the side" if size.original_px != size.seen_px else ""
+    moment = f"at {size.ref.time_s:.1f} s: " if isinstance(size.ref, Moment) else ""
+    scale = f", {size.scale:.0%} of the side" if abs(size.scale - 1) > SAME_SCALE else ""
     return (
-        f"{width:,} × {height:,} → <b>{seen_width:,} × {seen_height:,} px</b>{scale}: {counted(size.tokens, 'token')}"
+        f"{moment}{width:,} × {height:,} → <b>{seen_width:,} × {seen_height:,} px</b>{scale}: "
+        f"{counted(size.tokens, 'token')}"
     )
 
 
-def _boxes(pieces: Sequence[Piece]) -> list[Box]:
-    """Boxes and points in the texts of questions and answers."""
-    return []
+def _boxes(
+    pieces: Sequence[Piece], declared: Boxes | None, sizes: Sequence[ImageSize]
+) -> Iterator[tuple[ImageSize, Box]]:
+    """Boxes and points in what was decoded, each with the picture that it lies in."""
+    pictures = count_videos_once(sizes)
+    for learned, group in itertools.groupby(pieces, key=lambda piece: piece.learned):
+        text = "".join(piece.text or "" for piece in group if not piece.special)
+        for span in find_boxes(text, bare=learned and declared is not None):
+            index = 0 if len(pictures) == 1 else read_image_index(text, span)
+            if index is not None and index < len(pictures):
+                size = pictures[index]
+                yield size, Box(span.kind, _in_thousandths(span.numbers, declared, size), learned)
+
+
+def _in_thousandths(numbers: tuple[float, ...], declared: Boxes | None, size: ImageSize) -> tuple[float, ...]:
+    """Numbers as the model speaks them, as thousandths of the picture; undeclared ones are taken to be that."""
+    if declared is None or declared.target == "xyxy_1000":
+        return numbers
+    height, width = size.seen_px
+    return tuple(UNITS * number / side for number, side in zip(numbers, itertools.cycle((width, height)), strict=False))
 
 
 def _spans(pieces: Sequence[Piece]) -> Iterator[str]:
