@@ -62,11 +62,9 @@ class Pass:
     def recomputed_layers(self) -> int:
         """Layers that keep their input only."""
         recompute, layers = self.config.memory.recompute, self.facts.layers
-        return (
-            {"none": 0, "layers": layers}.get(recompute, recompute)
-            if isinstance(recompute, str)
-            else min(recompute, layers)
-        )
+        if recompute == "none":
+            return 0
+        return layers if recompute == "layers" else min(recompute, layers)
 
     @property
     def recorded_layers(self) -> int:

@@ -14,7 +14,7 @@ from lensmith.config.write import plain, write_value
 from lensmith.errors import ConfigError
 from lensmith.plan.cards import BY_SIZE, Card, card_of_size, usable_gib
 from lensmith.plan.facts import SIZES, ModelFacts, read_facts
-from lensmith.plan.fit import Change, Situation, apply_changes, find_changes
+from lensmith.plan.fit import Change, Situation, apply_changes, find_changes, find_spare
 from lensmith.plan.memory import MemoryPlan, plan_memory
 from lensmith.plan.time import TimePlan, plan_time
 from lensmith.plan.work import Rollout, ScannedWork, Work, full_pack, scanned_work, worst_candidates
@@ -56,12 +56,14 @@ class Plan:
     card: Card
     memory: MemoryPlan
     time: TimePlan
-    steps: tuple[Step, ...] | None
+    steps: tuple[Step, ...] | None = None
     """The changes that make it fit: none where it fits, None where none are enough."""
-    fitting: RunConfig | None
+    fitting: RunConfig | None = None
     """The config with these changes; None where none are enough."""
-    fitted: MemoryPlan | None
+    fitted: MemoryPlan | None = None
     """What that config needs."""
+    faster: Step | None = None
+    """Where there is room to spare: fewer layers recomputed."""
     total_steps: int | None = None
     worst: WorstPack | None = None
     way_out: str = ""
@@ -86,6 +88,7 @@ class Plan:
             "parts": {name: round(gib, 3) for name, gib in self.memory.parts.items()},
             "step_s": round(self.time.step_s, 4),
             "changes": None if self.steps is None else [_step_json(step) for step in self.steps],
+            "faster": None if self.faster is None else _step_json(self.faster),
             "usable_gib": round(self.card.usable_gib, 3),
             "card": self.card.name,
             "model": self.facts.name,
@@ -112,56 +115,62 @@ def _step_json(step: Step) -> dict[str, Any]:
     }
 
 
-def answer_plan(
-    config: RunConfig,
-    card: Card,
-    *,
-    facts: ModelFacts | None = None,
-    work_of: WorkOf | None = None,
-    rollout: Rollout | None = None,
-    gpus: int = 1,
-    situation: Situation | None = None,
-) -> Plan:
-    """The plan of a config on a card, without looking at data: full packs, or those that `work_of` makes.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question with everything but the settings: they are what changes until a run fits."""
 
-    Raises ModelError for a model whose shapes are not known.
+    facts: ModelFacts
+    card: Card
+    work_of: WorkOf = full_pack
+    rollout: Rollout | None = None
+    gpus: int = 1
+
+    def memory(self, config: RunConfig) -> MemoryPlan:
+        """What these settings need."""
+        return plan_memory(self.facts, config, self.work_of(config), rollout=self.rollout, gpus=self.gpus)
+
+    def time(self, config: RunConfig) -> TimePlan:
+        """How long a step takes with them."""
+        return plan_time(self.facts, config, self.work_of(config), self.card, rollout=self.rollout)
+
+    def fits(self, config: RunConfig) -> bool:
+        """Whether the card has room for them."""
+        return self.memory(config).peak_gib <= self.card.usable_gib
+
+    def step(self, config: RunConfig, changes: tuple[Change, ...]) -> Step:
+        """The last of these changes, with what all of them come to."""
+        changed = apply_changes(config, changes)
+        return Step(changes[-1], self.memory(changed).peak_gib, self._sample_s(changed) / self._sample_s(config))
+
+    def _sample_s(self, config: RunConfig) -> float:
+        work = self.work_of(config)
+        return self.time(config).step_s / (work.samples * work.packs_per_step)
+
+
+def answer_plan(config: RunConfig, asked: Asked, situation: Situation | None = None) -> Plan:
+    """The plan of a config, without looking at data: full packs, or those that `asked.work_of` makes.
+
+    `situation` is what the ladder of changes may look at; None for what the pack tells.
     """
-    facts, work_of = facts or read_facts(config.model), work_of or full_pack
-
-    def memory(changed: RunConfig) -> MemoryPlan:
-        return plan_memory(facts, changed, work_of(changed), rollout=rollout, gpus=gpus)
-
-    def time(changed: RunConfig) -> TimePlan:
-        return plan_time(facts, changed, work_of(changed), card, rollout=rollout)
-
-    def sample_s(changed: RunConfig) -> float:
-        work = work_of(changed)
-        return time(changed).step_s / (work.samples * work.packs_per_step)
-
-    work = work_of(config)
-    situation = situation or Situation(facts, sample_tokens=-(-work.tokens // work.samples))
-    changes = find_changes(config, situation, lambda changed: memory(changed).peak_gib <= card.usable_gib)
-    steps, fitting = None, None
-    if changes is not None:
-        after = [apply_changes(config, changes[: count + 1]) for count in range(len(changes))]
-        steps = tuple(
-            Step(change, memory(changed).peak_gib, sample_s(changed) / sample_s(config))
-            for change, changed in zip(changes, after, strict=True)
-        )
-        fitting = apply_changes(config, changes)
-    return Plan(
-        facts,
+    work, memory = asked.work_of(config), asked.memory(config)
+    situation = situation or Situation(asked.facts, sample_tokens=-(-work.tokens // work.samples))
+    changes = find_changes(config, situation, asked.fits)
+    spare = find_spare(config, situation, asked.fits)
+    plan = Plan(
+        asked.facts,
         config,
         work,
-        card,
-        memory(config),
-        time(config),
-        steps,
-        fitting,
-        fitted=None if fitting is None else memory(fitting),
-        way_out="" if fitting is not None else _way_out(config, card, facts, work_of, rollout),
-        notes=memory(config).notes,
+        asked.card,
+        memory,
+        asked.time(config),
+        faster=None if spare is None else asked.step(config, (spare,)),
+        notes=memory.notes,
     )
+    if changes is None:
+        return replace(plan, way_out=_way_out(config, asked))
+    fitting = apply_changes(config, changes)
+    steps = tuple(asked.step(config, changes[: count + 1]) for count in range(len(changes)))
+    return replace(plan, steps=steps, fitting=fitting, fitted=asked.memory(fitting))
 
 
 def answer_scan(
@@ -186,7 +195,7 @@ def answer_scan(
         return max(candidates, key=lambda work: plan_memory(facts, changed, work, gpus=gpus).peak_gib)
 
     situation = Situation(facts, int(scan.tokens.max()), sees_smaller_images=rescan is not None)
-    plan = answer_plan(config, card, facts=facts, work_of=worst, gpus=gpus, situation=situation)
+    plan = answer_plan(config, Asked(facts, card, worst, gpus=gpus), situation)
     scanned = packed(config)
     return replace(
         plan,
@@ -208,24 +217,20 @@ def _describe(scan: Scan, members: list[int]) -> WorstPack:
     return WorstPack(tuple(one.where for one in encoded), int(scan.tokens[members].sum()), largest)
 
 
-def _way_out(config: RunConfig, card: Card, facts: ModelFacts, work_of: WorkOf, rollout: Rollout | None) -> str:
+def _way_out(config: RunConfig, asked: Asked) -> str:
     """The largest model that this card can train, and the smallest card that can train this model, changes included."""
+    facts, card = asked.facts, asked.card
     smaller = [one for one in SIZES.values() if one.num_parameters < facts.num_parameters and one.experts is None]
-    model = next((one.name for one in reversed(smaller) if _could_fit(config, card, one, work_of, rollout)), None)
-    larger = [size for size in BY_SIZE if size > card.gib]
-    size = next((size for size in larger if _could_fit(config, BY_SIZE[size], facts, work_of, rollout)), None)
-    ways = [f"the largest model that fits {card.gib:g} GiB is {model}"] if model else []
-    ways += [f"the smallest card for {facts.name} has {size} GiB"] if size else []
+    larger = [one for one in BY_SIZE.values() if one.gib > card.gib]
+
+    def can_fit(one: Asked) -> bool:
+        return find_changes(config, Situation(one.facts), one.fits) is not None
+
+    model = next((one.name for one in reversed(smaller) if can_fit(replace(asked, facts=one))), None)
+    size = next((one.gib for one in larger if can_fit(replace(asked, card=one))), None)
+    ways = [f"the largest model that can be made to fit {card.gib:g} GiB is {model}"] if model else []
+    ways += [f"the smallest card that can be made to do for {facts.name} has {size:g} GiB"] if size else []
     return "; ".join(ways) or f"no model of {', '.join(SIZES)} fits this card, and no listed card fits {facts.name}"
-
-
-def _could_fit(config: RunConfig, card: Card, facts: ModelFacts, work_of: WorkOf, rollout: Rollout | None) -> bool:
-    situation = Situation(facts)
-    return None is not find_changes(
-        config,
-        situation,
-        lambda changed: plan_memory(facts, changed, work_of(changed), rollout=rollout).peak_gib <= card.usable_gib,
-    )
 
 
 def check_fits(
@@ -240,7 +245,11 @@ def check_fits(
     Raises ConfigError where it does not fit, with the settings that make it fit, or the model or card that would.
     """
     card = card_of_size(gib)
-    plan = answer_plan(config, card) if scan is None else answer_scan(config, card, scan, rescan=rescan)
+    plan = (
+        answer_plan(config, Asked(read_facts(config.model), card))
+        if scan is None
+        else answer_scan(config, card, scan, rescan=rescan)
+    )
     if plan.fits:
         return plan
     needed = (

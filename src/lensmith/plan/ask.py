@@ -6,6 +6,7 @@ looked at is said.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lensmith.config.tree import PACK_TOKENS, RunConfig
 from lensmith.config.write import config_diff, render_yaml
 from lensmith.errors import ConfigError
-from lensmith.plan.answer import Plan, WorkOf, answer_plan, answer_scan, on_smallest_card
+from lensmith.plan.answer import Asked, Plan, WorkOf, answer_plan, answer_scan, on_smallest_card
 from lensmith.plan.cards import Card, card_of_size, find_card, find_own_card
-from lensmith.plan.facts import SIZES, TINY
+from lensmith.plan.facts import SIZES, TINY, read_facts
 from lensmith.plan.work import PROMPT_TEXT_TOKENS, Rollout, Work, full_pack, group_work, scaled_work, work_of
 
 if TYPE_CHECKING:
@@ -96,17 +97,17 @@ def _choose_card(question: Question) -> Card | None:
 
 def _answer(config: RunConfig, question: Question, say: Say) -> Callable[[Card], Plan]:
     """The question about the run, still without a card."""
+    facts = read_facts(config.model)
     if question.task == "grpo":
         rollout, work_of_group = _rollout(config, question)
-        return lambda card: answer_plan(config, card, work_of=work_of_group, rollout=rollout, gpus=question.gpus)
+        return lambda card: answer_plan(config, Asked(facts, card, work_of_group, rollout, question.gpus))
     if question.images is not None or question.image_tokens is not None:
         work = _flagged_work(config, question)
-        return lambda card: answer_plan(
-            config, card, work_of=lambda changed: scaled_work(work, changed), gpus=question.gpus
-        )
+        scaled = functools.partial(scaled_work, work)
+        return lambda card: answer_plan(config, Asked(facts, card, scaled, gpus=question.gpus))
     encoder = _encoder(config, say)
     if encoder is None:
-        return lambda card: answer_plan(config, card, gpus=question.gpus)
+        return lambda card: answer_plan(config, Asked(facts, card, gpus=question.gpus))
 
     def rescan(changed: RunConfig) -> Scan:
         return _scan(changed, encoder(changed))

@@ -119,6 +119,20 @@ def apply_changes(config: RunConfig, changes: list[Change] | tuple[Change, ...])
     return config
 
 
+def find_spare(config: RunConfig, situation: Situation, fits: Fits) -> Change | None:
+    """Where all layers are recomputed and fewer would do: how few. None where that is not so."""
+    if config.memory.recompute != "layers" or not fits(config):
+        return None
+    fewest = max(config.memory.stream_layers, 0)
+    for count in range(fewest, situation.facts.layers - 1, LAYER_STEP):
+        settings: dict[str, Any] = {"memory.recompute": count or "none"}
+        if not count and config.memory.offload == "inputs":
+            settings["memory.offload"] = "none"
+        if fits(with_settings(config, settings)):
+            return Change(settings, {"memory.recompute": "layers"}, "fewer layers run twice", "none")
+    return None
+
+
 # --- the ladder -------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +206,15 @@ def _four_bits(config: RunConfig, situation: Situation) -> Iterator[Settings]:
         yield {"tune.method": "qlora"}
 
 
+def _stream(config: RunConfig, situation: Situation) -> Iterator[Settings]:
+    if states_of(config.tune)["language"] == "trained":
+        return
+    done, layers = config.memory.stream_layers, situation.facts.layers
+    # Two layers are on the GPU in any case, so streaming fewer saves nothing.
+    for count in (*range(max(done, 2) + LAYER_STEP, layers, LAYER_STEP), layers):
+        yield {"memory.stream_layers": count, "memory.recompute": "layers"}
+
+
 def _smaller_images(config: RunConfig, situation: Situation) -> Iterator[Settings]:
     tokens = config.data.image.max_tokens // 2
     while situation.sees_smaller_images and tokens >= max(SMALLEST_IMAGE, config.data.image.min_tokens or 0):
@@ -210,15 +233,6 @@ def _adapters_instead(config: RunConfig, situation: Situation) -> Iterator[Setti
     yield {"tune.method": "qlora", **rest}
 
 
-def _stream(config: RunConfig, situation: Situation) -> Iterator[Settings]:
-    if states_of(config.tune)["language"] == "trained":
-        return
-    done, layers = config.memory.stream_layers, situation.facts.layers
-    # Two layers are on the GPU in any case, so streaming fewer saves nothing.
-    for count in (*range(max(done, 2) + LAYER_STEP, layers, LAYER_STEP), layers):
-        yield {"memory.stream_layers": count, "memory.recompute": "layers"}
-
-
 LADDER: tuple[Rung, ...] = (
     Rung(_embedding_to_host, "each pack fetches its rows: under 1 %", "none"),
     Rung(_small_optimizer, "none", "none measured: states in 8 bits (arXiv:2110.02861)"),
@@ -230,8 +244,8 @@ LADDER: tuple[Rung, ...] = (
     Rung(_head_to_host, "the head crosses the bus once per pack", "none"),
     Rung(_paged_optimizer, "optimizer states cross the bus in each step", "none"),
     Rung(_four_bits, "weights are widened for each product", "small: weights in 4 bits (arXiv:2305.14314)"),
+    Rung(_stream, "streamed layers cross the bus twice per pack: slow where packs are small", "none"),
     Rung(_smaller_images, "less work", "small print becomes unreadable: look at `lensmith check` first"),
     Rung(_adapters_instead, "less work", "adapters instead of all weights: another kind of run"),
-    Rung(_stream, "every streamed layer crosses the bus twice per pack: several times slower", "none"),
 )
 """The order in which settings are changed."""

@@ -11,8 +11,10 @@ from lensmith.plan.memory import MemoryPlan
 
 SUFFIXES = (".png", ".svg")
 WIDTH_IN, BAR_IN, MARGIN_IN = 9.0, 0.9, 1.5
-NAMED_SHARE = 0.07
-"""Parts narrower than this share of the picture are named in the legend only."""
+NAMED_SHARE = 0.04
+"""Narrower parts, as shares of the picture, have no figure in them."""
+STRENGTH = 0.65
+"""Of colours: black figures stand on them."""
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
@@ -23,9 +25,9 @@ def draw_plan(plan: Plan, path: Path) -> None:
         raise ConfigError(f"--picture {path}: there is no folder {path.parent}. Make it, or choose another place.")
     from matplotlib.figure import Figure
 
-    bars = {"as it is": plan.memory}
+    bars = {f"as it is\n{plan.memory.peak_gib:.1f} GiB": plan.memory}
     if plan.steps and plan.fitted is not None:
-        bars["with the changes"] = plan.fitted
+        bars[f"with the changes\n{plan.fitted.peak_gib:.1f} GiB"] = plan.fitted
     figure = Figure(figsize=(WIDTH_IN, MARGIN_IN + BAR_IN * len(bars)), layout="constrained")
     axes = figure.subplots()
     extent = 1.05 * max(plan.card.gib, *(sum(memory.parts.values()) for memory in bars.values()))
@@ -45,12 +47,13 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
 
 def _colours(memories: list[MemoryPlan]) -> dict[str, Any]:
-    """One colour per part, the same in all bars; tab20 has twenty, told apart also by their order."""
+    """One colour per part, the same in all bars, light enough for black figures; their order tells them apart too."""
     from matplotlib import colormaps
 
     names = list(dict.fromkeys(name for memory in memories for name in memory.parts))
     palette = colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]  a listed colour map has them
-    return {name: palette[number % len(palette)] for number, name in enumerate(names)}
+    lighter = [tuple(1 - (1 - value) * STRENGTH for value in colour) for colour in palette]
+    return {name: lighter[number % len(lighter)] for number, name in enumerate(names)}
 
 
 def _draw_bar(axes: Any, row: int, memory: MemoryPlan, colours: dict[str, Any], extent: float) -> None:
@@ -61,7 +64,6 @@ def _draw_bar(axes: Any, row: int, memory: MemoryPlan, colours: dict[str, Any], 
         if gib / extent > NAMED_SHARE:
             axes.text(left + gib / 2, row, f"{gib:.1f}", ha="center", va="center", fontsize="small")
         left += gib
-    axes.text(left, row, f" {memory.peak_gib:.1f} reserved", ha="left", va="center", fontsize="small")
 
 
 def _draw_card(axes: Any, plan: Plan, bars: int) -> None:

@@ -6,7 +6,7 @@ Each part has a letter, in the bar and in the table, so that nothing depends on 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lensmith.config.write import write_value
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BAR_COLUMNS = 72
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
+SHOWN_GIB = 0.005
 SHOWN_ROWS = 3
 """Rows of the worst pack that are named; the rest are counted."""
 MOMENTS = {
@@ -50,6 +51,9 @@ def plan_screen(plan: Plan) -> Iterator[Any]:
         yield changes_table(plan)
     elif plan.steps is None:
         yield f"No settings make it fit: {plan.way_out}."
+    if plan.faster is not None:
+        saved, settings = 1 - plan.faster.slower, _written(plan.faster.change.settings, " ")
+        yield f"There is room: {settings} takes {plan.faster.peak_gib:.1f} GiB and {saved:.0%} less time."
     yield from plan.notes
 
 
@@ -70,10 +74,11 @@ def stacked_bar(memory: MemoryPlan, card_gib: float) -> Text:
     """All parts side by side, each as wide as it is large; `|` is where the card ends."""
     from rich.text import Text
 
-    total = sum(memory.parts.values())
+    parts = _shown(memory)
+    total = sum(parts.values())
     columns_per_gib = BAR_COLUMNS / max(total, card_gib)
     bar, done, end = Text(), 0.0, round(card_gib * columns_per_gib)
-    for number, (letter, gib) in enumerate(zip(_letters(memory), memory.parts.values(), strict=True)):
+    for number, (letter, gib) in enumerate(zip(_letters(parts), parts.values(), strict=True)):
         start, done = round(done * columns_per_gib), done + gib
         bar.append(letter * (round(done * columns_per_gib) - start), style=f"black on {_colour(number)}")
     if len(bar) <= end:
@@ -86,18 +91,24 @@ def parts_table(memory: MemoryPlan) -> Table:
     from rich.table import Column, Table
     from rich.text import Text
 
+    parts = _shown(memory)
     table = Table(
         "", "part", Column("GiB", justify="right"), Column("share", justify="right"), box=None, pad_edge=False
     )
-    for number, (letter, (name, gib)) in enumerate(zip(_letters(memory), memory.parts.items(), strict=True)):
+    for number, (letter, (name, gib)) in enumerate(zip(_letters(parts), parts.items(), strict=True)):
         share = "" if name == CONTEXT else f"{gib / memory.peak_gib:.0%}"
         table.add_row(Text(letter, style=f"black on {_colour(number)}"), name, f"{gib:.2f}", share)
     table.add_row("", "reserved by torch", f"{memory.peak_gib:.2f}", "")
     return table
 
 
-def _letters(memory: MemoryPlan) -> Sequence[str]:
-    return string.ascii_lowercase[: len(memory.parts)]
+def _shown(memory: MemoryPlan) -> Mapping[str, float]:
+    """Parts that are more than 0.00 GiB when rounded."""
+    return {name: gib for name, gib in memory.parts.items() if gib >= SHOWN_GIB}
+
+
+def _letters(parts: Mapping[str, float]) -> Sequence[str]:
+    return string.ascii_lowercase[: len(parts)]
 
 
 def _colour(number: int) -> str:
@@ -121,11 +132,17 @@ def _about_time(plan: Plan) -> str:
     parts = sorted(plan.time.parts.items(), key=lambda part: -part[1])
     largest = ", ".join(f"{name} {seconds / plan.time.step_s:.0%}" for name, seconds in parts[:3])
     run = f" {plan.total_steps:,} steps: {_hours(plan.run_h)}." if plan.run_h is not None and plan.total_steps else ""
-    return f"About {plan.time.step_s:.2g} s per step on {plan.card.name} ({largest}).{run}"
+    return f"About {_seconds(plan.time.step_s)} per step on {plan.card.name} ({largest}).{run}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes"
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{hours * 60:.0f} minutes" if hours * 60 >= 1 else "under a minute"
 
 
 def changes_table(plan: Plan) -> Table:
@@ -149,8 +166,8 @@ def changes_table(plan: Plan) -> Table:
     return table
 
 
-def _written(settings: Settings) -> str:
-    return "\n".join(f"{path}={write_value(value)}" for path, value in settings.items())
+def _written(settings: Settings, between: str = "\n") -> str:
+    return between.join(f"{path}={write_value(value)}" for path, value in settings.items())
 
 
 def measured_sentence(plan: Plan, *, peak_gib: float, step_s: float) -> str:
