@@ -31,7 +31,17 @@ SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 DEEP_MODES = (*SIXTEEN_BIT_MODES, "I", "F")
 """Pillow's modes of more than 8 bits per channel, all of them greys; colours of 16 bits it reduces to 8 by itself."""
 
-PILLOW_FAULTS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error)
+PILLOW_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    struct.error,
+)
 """What Pillow raises on broken files: its plug-ins name their faults, or stumble over them."""
 
 
