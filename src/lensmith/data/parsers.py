@@ -103,7 +103,7 @@ def _parse_jpeg(view: View) -> Facts:
             _check_tables(view.at(start, length))
         elif kind == APP1:
             label, _, note = view.at(start, length).partition(b"\0")
-            if label in notes:
+            if label in notes or (label == b"Exif" and note[:1] != b"\0"):
                 raise Unclear
             notes[label] = note
     if len(frame) < 6:
