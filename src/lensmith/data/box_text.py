@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["box", "point"]
 
@@ -99,8 +99,13 @@ def read_image_index(text: str, span: BoxSpan) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_coordinate(value: Any) -> bool:
+    """Whether the value is a number that can be a coordinate."""
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
+
+
 def _is_sound(span: BoxSpan) -> bool:
-    return len(span.numbers) == NUM_NUMBERS[span.kind] and all(abs(number) < LARGEST for number in span.numbers)
+    return len(span.numbers) == NUM_NUMBERS[span.kind] and all(map(is_coordinate, span.numbers))
 
 
 def _keyed(match: re.Match[str]) -> Iterator[BoxSpan]:
