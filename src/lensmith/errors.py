@@ -45,10 +45,25 @@ RowCode = Literal[
 """Why one row cannot be used: the stable names that reports and `lensmith check` count by."""
 
 
+LONGEST_SENTENCE = 800
+"""Characters; what a row holds is quoted, and may be longer than any line."""
+
+
+def readable(sentence: str) -> str:
+    """One line that any terminal takes: what cannot be printed as its escape, the middle of too long a quotation left out."""
+    if len(sentence) > LONGEST_SENTENCE:
+        half = LONGEST_SENTENCE // 2
+        sentence = f"{sentence[:half]} ... {sentence[-half:]}"
+    if sentence.isprintable():
+        return sentence
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
+
+
 class RowError(DataError):
     """One row that cannot be used; the rest of the file may be fine, so data.on_bad_row=skip leaves it out."""
 
     def __init__(self, where: str, code: RowCode, sentence: str) -> None:
+        sentence = readable(sentence)
         super().__init__(where, code, sentence)
         self.where = where
         self.code: RowCode = code

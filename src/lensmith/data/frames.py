@@ -200,8 +200,6 @@ class _Walk:
             if self.may_seek:
                 self._skip_to(time_s)
             self._decode_to(time_s)
-            if self.frame.is_corrupt:
-                raise _Lost("parts of it are missing")
             yield self.frame
             self.found += 1
 
@@ -212,6 +210,8 @@ class _Walk:
                 if self.frame is None or self._time_s() < time_s - self.late_s:
                     raise _Lost("the file ends before it")
                 break
+            if following.is_corrupt:  # also where it is not asked for: the next ones build on it
+                raise _Lost("it is painted over where it cannot be read")
             self.frame = following
         if self.may_seek and self._time_s() > time_s + self.near_s:
             raise _Lost("the file continues behind it")
@@ -254,12 +254,15 @@ def _opened(video: VideoRef) -> Iterator[tuple[Any, Any]]:
                 kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                 sentence = f"holds no video but {kinds}; name another file, or remove the row."
                 raise RowError(str(video), "unreadable_video", sentence)
-            # Without this the decoder paints over what it cannot read, and the model would learn from that.
-            moving[0].codec_context.options = {"err_detect": "explode"}
+            if moving[0].codec_context is None:
+                sentence = "is in a format that FFmpeg does not know; encode it again as .mp4, or remove the row."
+                raise RowError(str(video), "unreadable_video", sentence)
+            # With threads, FFmpeg's decoders lose track of the frames that they painted over because of damage.
+            moving[0].thread_type = "NONE"
             yield container, moving[0]
     except FileNotFoundError as cause:
         raise RowError(str(video), "missing_file", "there is no such file.") from cause
-    except FFmpegError as cause:
+    except (FFmpegError, OSError, UnicodeDecodeError) as cause:  # the last: tags that are no text, which PyAV reads
         sentence = f"is not a video that FFmpeg can read ({cause}); encode it again as .mp4, or remove the row."
         raise RowError(str(video), "unreadable_video", sentence) from cause
 

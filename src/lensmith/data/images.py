@@ -17,6 +17,7 @@ from PIL import Image
 from lensmith.data.documents import draw_page
 from lensmith.data.headers import (
     DEEP_MODES,
+    PILLOW_FAULTS,
     SIXTEEN_BIT_MODES,
     bomb,
     open_undecoded,
@@ -165,7 +166,7 @@ def open_image(ref: ImageRef) -> Image.Image:
             image.load()
         except Image.DecompressionBombError as cause:
             raise bomb(ref, cause) from cause
-        except (OSError, SyntaxError, ValueError, EOFError) as cause:  # what Pillow's decoders raise on broken data
+        except PILLOW_FAULTS as cause:
             raise RowError(
                 str(ref),
                 "truncated_image",
@@ -237,7 +238,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
     """Greys of any depth as 0 .. 255; where the mode leaves the depth open, the smallest one that holds the values."""
-    values = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # broken files hold what is not a number: black
+        values = np.nan_to_num(values.astype(np.float64), nan=0, posinf=0, neginf=0)
     if mode in SIXTEEN_BIT_MODES:
         full = 65535.0
     else:

@@ -32,8 +32,6 @@ IN_ARCHIVE = re.compile(
 HUB_SNAPSHOT = re.compile(r"(?P<repository>.+)/snapshots/[0-9a-f]{40}(/.*)?")
 """How the Hugging Face cache lays out a repository: snapshots of links into one folder of blobs."""
 OPEN_ARCHIVES = 8
-LONGEST_SHOWN = 300
-"""Characters of a path in a sentence."""
 WEB = ("http://", "https://")
 
 
@@ -97,11 +95,11 @@ class LocalRoot:
         return stays
 
     def _outside(self, path: str, where: str) -> RowError:
-        leads = f" leads to {_shown(os.path.realpath(path))}," if path.startswith(self._starts) else " is"
+        leads = f" leads to {os.path.realpath(path)}," if path.startswith(self._starts) else " is"
         return RowError(
             where,
             "outside_root",
-            f"{_shown(path)}{leads} outside {self.folder}; set data.image_root to a folder that holds it, "
+            f"{path}{leads} outside {self.folder}; set data.image_root to a folder that holds it, "
             "or data.allow_outside=true where you trust the data file.",
         )
 
@@ -110,11 +108,11 @@ class LocalRoot:
         if os.path.isdir(path):
             what = "is a folder"
         else:
-            what = "is missing" if os.path.isdir(folder) else f"is missing, and so is its folder {_shown(folder)}"
+            what = "is missing" if os.path.isdir(folder) else f"is missing, and so is its folder {folder}"
         return RowError(
             where,
             "missing_file",
-            f"{_shown(path)} {what}; relative paths start from {self.folder}, which data.image_root changes. "
+            f"{path} {what}; relative paths start from {self.folder}, which data.image_root changes. "
             "To leave such rows out, set data.on_bad_row=skip.",
         )
 
@@ -146,7 +144,7 @@ def check_member(archive: Path, member: str, where: str) -> None:
         ) from cause
     if member not in opened.NameToInfo:
         sentence = (
-            f"{archive} holds {len(opened.NameToInfo):,} members, and none called {_shown(member)}; mend the path."
+            f"{archive} holds {len(opened.NameToInfo):,} members, and none called {member}; mend the path."
         )
         raise RowError(where, "missing_file", sentence)
 
@@ -193,9 +191,3 @@ def _open_archive_once(path: Path, changed_ns: int, num_bytes: int, process: int
 def _below(folder: str) -> str:
     """How every path inside the folder starts."""
     return folder.rstrip(os.sep) + os.sep
-
-
-def _shown(name: str) -> str:
-    """As it is, unless it would spoil the line it is printed on."""
-    short = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
-    return short if short.isprintable() else ascii(short)
