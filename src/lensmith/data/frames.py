@@ -251,8 +251,8 @@ def _opened(video: VideoRef) -> Iterator[tuple[Any, Any]]:
             # The cover picture of a song is a video stream too.
             moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not moving:
-                kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-                sentence = f"holds no video but {kinds}; name another file, or remove the row."
+                kinds = " and ".join(sorted({stream.type for stream in container.streams}))
+                sentence = f"holds no video{f', only {kinds}' if kinds else ''}; name another file, or remove the row."
                 raise RowError(str(video), "unreadable_video", sentence)
             if moving[0].codec_context is None:
                 sentence = "is in a format that FFmpeg does not know; encode it again as .mp4, or remove the row."

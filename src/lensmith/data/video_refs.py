@@ -46,7 +46,7 @@ def read_videos(cell: Any, refs: RefReader, where: str, faults: list[RowError] |
     videos = []
     for value, settings in _entries(cell, {}, where):
         try:
-            videos.append(_read_one(value, settings, refs, where))
+            videos += _read_entry(value, settings, refs, where)
         except RowError as fault:
             if faults is None:
                 raise
@@ -90,7 +90,8 @@ def _is_frame(value: Any) -> bool:
     return not _is_list(value)
 
 
-def _read_one(value: Any, settings: Mapping[str, Any], refs: RefReader, where: str) -> VideoRef:
+def _read_entry(value: Any, settings: Mapping[str, Any], refs: RefReader, where: str) -> list[VideoRef]:
+    """One video, or several where their names stand in one text with `;` between them."""
     for key in REFUSED_KEYS:
         if settings.get(key) is not None:
             _malformed(
@@ -103,12 +104,10 @@ def _read_one(value: Any, settings: Mapping[str, Any], refs: RefReader, where: s
     if _is_list(value):
         times = _times(settings.get("timestamps"), len(found), where)
         digest = blake2b("\0".join(ref.key for ref in found).encode(), digest_size=16).hexdigest()
-        return VideoRef(found, digest, rate, times)
+        return [VideoRef(found, digest, rate, times)]
     if settings.get("timestamps") is not None:
         _malformed(where, "a video file has timestamps of its own; list them only for frames that are pictures")
-    if len(found) != 1:
-        _malformed(where, f"{value!r} names {len(found)} files where one video should stand; write them as a list")
-    return VideoRef(found[0], found[0].key, rate)
+    return [VideoRef(ref, ref.key, rate) for ref in found]
 
 
 def _times(value: Any, num_frames: int, where: str) -> tuple[float, ...] | None:
