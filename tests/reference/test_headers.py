@@ -213,8 +213,7 @@ def check_bytes(content: bytes) -> None:
     ours = answer(lambda: parsed(content), Unclear)
     theirs = answer(lambda: _ask_pillow(ref(content)), RowError)
     told = answer(lambda: facts_of(read_header(ref(content))), RowError)
-    assert told == (ours or theirs)
-    assert told == theirs or theirs is None
+    assert told == theirs or (theirs is None and told in (None, ours))
 
 
 @pytest.mark.parametrize("content", SOUND, ids=range(len(SOUND)))
