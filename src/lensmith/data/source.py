@@ -86,11 +86,16 @@ class Samples(Sequence[Sample]):
 
     def read(self, index: int, faults: list[RowError] | None = None) -> Sample:
         """The sample of that row number, from 0; `faults` collects all that is wrong with it, as in `to_sample`."""
-        number = int(np.searchsorted(self._stops, index, side="right"))
+        number, at = self.place(index)
         file = self.files[number]
-        row = file.rows[index - int(self._stops[number]) + len(file.rows)]
+        row = file.rows[at]
         sample = to_sample(row, file.layout, file.refs, reasoning=self.reasoning, limits=file.limits, faults=faults)
         return sample if file.boxes is None else replace(sample, boxes=file.boxes)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Number of the file that holds a row, and the row's number in that file."""
+        number = int(np.searchsorted(self._stops, index, side="right"))
+        return number, index - int(self._stops[number]) + len(self.files[number].rows)
 
 
 class SampleSource:
