@@ -242,6 +242,8 @@ def _parse_webp(view: View) -> Facts:
     else:
         raise Unclear
     is_clear = bool(flags & ALPHA_FLAG)
+    if kind == b"VP8X" and not is_clear and view.at(30, 4) == b"ALPH":
+        raise Unclear  # it has what its flags deny
     return Facts("WEBP", "RGBA" if is_clear else "RGB", height, width, is_clear=is_clear)
 
 
