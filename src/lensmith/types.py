@@ -290,6 +290,8 @@ class Pack:
     """Patches in time, height, width."""
     wheres: tuple[str, ...]
     """The rows in this pack, for messages."""
+    pictures: tuple[str, ...] = ()
+    """Digests of the pictures, one per grid: equal ones mean equal pixels. Empty where nobody needs to know."""
 
     @property
     def num_tokens(self) -> int:

@@ -211,6 +211,8 @@ def test_an_override_without_a_value_says_how_to_write_it():
         (["optim.merger_learning_rate=1e-5"], "optim.merger_learning_rate"),
         (["tune.dropout=0.1", "pack.share_prefix=true"], "pack.share_prefix"),
         (["data.test=null", "eval.every_steps=100"], "eval.every_steps"),
+        (["memory.vision_cache_dir=kept"], "memory.vision_cache_dir"),
+        (["memory.vision_cache_gib=4", "tune.merger=adapted"], "memory.vision_cache_gib"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, path):

@@ -217,6 +217,22 @@ def _language_trains(config: RunConfig) -> bool:
     return tune.language == "trained" or (tune.method == "full" and tune.language == "adapted")
 
 
+def _kept_features_need_a_frozen_tower(config: RunConfig) -> Iterator[Problem]:
+    for name, state in (("vision", config.tune.vision), ("merger", config.tune.merger)):
+        if state != "frozen":
+            yield Problem(
+                "memory.vision_cache_gib",
+                f"has no effect with tune.{name}={state}: features change with every step, so none can be kept. "
+                f"Remove it, or set tune.{name}=frozen.",
+            )
+    if config.memory.vision_cache_gib is None:
+        yield Problem(
+            "memory.vision_cache_dir",
+            "has no effect while memory.vision_cache_gib is null, which keeps nothing. Remove it, or say with "
+            "memory.vision_cache_gib how many GiB the folder may hold.",
+        )
+
+
 WITHOUT_EFFECT: tuple[Rule, ...] = (
     _adapter_settings_need_an_adapter,
     _projections_need_a_moving_language,
@@ -225,6 +241,7 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rates_need_a_moving_part,
     _dropout_turns_sharing_off,
     _rounds_of_questions_need_a_test_set,
+    _kept_features_need_a_frozen_tower,
     _inputs_wait_only_where_layers_run_twice,
 )
 CONTRADICTIONS: tuple[Rule, ...] = (

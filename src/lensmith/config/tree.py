@@ -200,6 +200,11 @@ class Memory(Section):
     stream_layers: Annotated[int, Field(ge=0)] = 0
     """Frozen decoder layers, from the first on, that stay in host memory and are copied ahead of their use: for cards
     smaller than the model, at the price of the copies."""
+    vision_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    """GiB in which features of pictures from a frozen tower are kept, so that later epochs need not compute them; those
+    used least recently go first. In host memory (of each process), or on disk in vision_cache_dir. Null: nothing is kept."""
+    vision_cache_dir: Path | None = None
+    """Folder for kept features, which other runs of the same model find as well. Null: in host memory."""
 
 
 class Eval(Section):

@@ -130,6 +130,7 @@ class StepDataset(Dataset[StepPacks]):
         share_prefix: bool,
         together: bool = True,
         pixel_dtype: torch.dtype = torch.float32,
+        digest_pictures: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -139,6 +140,7 @@ class StepDataset(Dataset[StepPacks]):
         self.together, self.rank, self.world = together, rank, world
         # The tower rounds its input to its own type anyway; rounded here, half as many bytes are pinned and copied.
         self.pixel_dtype = pixel_dtype
+        self.digest_pictures = digest_pictures
 
     def __len__(self) -> int:
         return len(self.plan.steps)
@@ -153,6 +155,7 @@ class StepDataset(Dataset[StepPacks]):
                 video_token_id=self.video_token_id,
                 share_prefix=self.share_prefix,
                 pixel_dtype=self.pixel_dtype,
+                digest_pictures=self.digest_pictures,
             )
             for members in self.members(step)
         ]

@@ -24,6 +24,7 @@ from lensmith.data.source import open_source
 from lensmith.errors import ConfigError
 from lensmith.model.adapters import check_tune, prepare_trainable
 from lensmith.model.components import census_table, take_census
+from lensmith.model.features import open_features
 from lensmith.model.load import Loaded, load_model
 from lensmith.model.residence import check_frozen
 from lensmith.model.versions import check_versions, environment
@@ -79,6 +80,7 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
     check_frozen(model)
     loaded.model.keeps_random = config.tune.dropout > 0
+    loaded.model.features = open_features(config.memory, loaded.model.model.visual, loaded.device)
     say(census_table(take_census(model)))
     return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out)
 
@@ -151,6 +153,7 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
         share_prefix=share_prefix,
         together=config.pack.together,
         pixel_dtype=loaded.dtype,
+        digest_pictures=config.memory.vision_cache_gib is not None,
         rank=rank(),
         world=world_size(),
     )

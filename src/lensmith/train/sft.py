@@ -109,6 +109,8 @@ def train_prepared(
             )
         if rank() == 0:
             _save_final(prepared, trainer.tuned)
+    if (features := prepared.loaded.model.features) is not None:
+        say(features.sentence())
     return TrainResult(
         model=trainer.tuned,
         processor=prepared.loaded.processor,
