@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lensmith.config.tree import Tune
 from lensmith.errors import ConfigError, ModelError, RunError
 from lensmith.model.components import component_of, is_adapter, num_parameters, plain_name, states_of
+from lensmith.model.lora import Shadows
 from lensmith.types import Component
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -188,6 +189,8 @@ def _add_adapter(model: nn.Module, config: LoraConfig, base_dtype: torch.dtype, 
             )
             magnitude.weight.data = magnitude.weight.data.to(dtype)
             magnitude.weight.requires_grad_(not config.inference_mode)
+    if base_dtype is not dtype:
+        model.shadows = Shadows(tuned, base_dtype)  # pyright: ignore[reportArgumentType]
     return tuned  # pyright: ignore[reportReturnType]
 
 

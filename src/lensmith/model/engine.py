@@ -22,13 +22,13 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from lensmith.errors import ModelError
 from lensmith.model.attention import Layout, attend, build_layout, kept_runs, segment_runs
+from lensmith.model.features import FeatureStore, image_features
 from lensmith.model.head import token_logprobs
 from lensmith.model.hosted import HostHead, Visitors
 from lensmith.model.kernels import rms_norm, rotate, swiglu
 from lensmith.model.lora import Shadows, project
 from lensmith.model.quant import FewBitHead
 from lensmith.model.recompute import HostBuffers, Waiting, recomputed
-from lensmith.model.vision import encode_images
 from lensmith.types import IGNORE, Pack, Segment
 
 Recompute = Literal["none", "layers"] | int
@@ -58,11 +58,14 @@ class Engine(Qwen3VLForConditionalGeneration):
     layers, from the first: what the others keep is gone by the time that these run again."""
     host_buffers: HostBuffers | None = None
     """Where the inputs of recomputed layers wait; None for the device."""
+    features: FeatureStore | None = None
+    """What a frozen tower made of pictures, kept for the next time; None to compute it each time."""
     visitors: Visitors | None = None
     """The first layers, where their frozen weights live in host memory."""
     keeps_random: bool = False
     """Whether layers draw random numbers (adapter dropout), which their second run must draw again."""
-    _shadows: Shadows | None = None
+    shadows: Shadows | None = None
+    """The adapters in the type that the model computes in, where that is not their own."""
     stays: bool = False
     """Whether weights have been given their places, so that nobody moves the model as a whole any more."""
 
@@ -95,11 +98,12 @@ class Engine(Qwen3VLForConditionalGeneration):
         """Log-probability of each learned token of the pack, in the order of the tokens; fp32 (float64 in float64)."""
         decoder, device = self.model.language_model, self.place
         route = self._route(pack)
-        self._refresh_shadows()
+        if self.shadows is not None:
+            self.shadows.refresh()
         deepstack: Sequence[Tensor] = ()
         if len(pack.grids):
-            pixels = pack.pixels.to(device, non_blocking=True)
-            features = encode_images(self.model.visual, pixels, pack.grids, recompute=self.recompute == "layers")
+            recompute = self.recompute == "layers"
+            features = image_features(self.model.visual, pack, device, self.features, recompute=recompute)
             hidden = self._embed(pack).index_copy(0, route.image_rows, features.tokens.to(decoder.norm.weight.dtype))
             deepstack = features.deepstack
         else:
@@ -118,14 +122,6 @@ class Engine(Qwen3VLForConditionalGeneration):
                 hidden = hidden.index_add(0, route.image_rows, deepstack[index].to(hidden.dtype))
         hidden = rms_norm(decoder.norm, hidden)[route.predictors]
         return token_logprobs(hidden, self._head_weight(), route.targets)
-
-    def _refresh_shadows(self) -> None:
-        dtype = self.model.language_model.norm.weight.dtype
-        if dtype in (torch.float32, torch.float64):
-            return
-        if self._shadows is None or not self._shadows.layers:
-            self._shadows = Shadows(self, dtype)
-        self._shadows.refresh()
 
     def _embed(self, pack: Pack) -> Float[Tensor, "tokens width"]:
         embed = self.model.language_model.embed_tokens

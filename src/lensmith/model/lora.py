@@ -75,17 +75,17 @@ class Shadows:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self.dtype = dtype
+        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._dtype = dtype
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
 
     def refresh(self) -> None:
         """Read the adapters as they are now."""
-        sources = [p for layer in self.layers for pair in (layer.lora_A, layer.lora_B) for p in pair.parameters()]
+        sources = [p for layer in self._layers for pair in (layer.lora_A, layer.lora_B) for p in pair.parameters()]
         if [id(source) for source in sources] != [id(source) for source in self._sources]:
             self._sources = sources
-            self._copies = [torch.empty_like(source, dtype=self.dtype) for source in sources]
+            self._copies = [torch.empty_like(source, dtype=self._dtype) for source in sources]
             for source, copy in zip(sources, self._copies, strict=True):
                 source.shadow = copy  # pyright: ignore[reportAttributeAccessIssue]
         with torch.no_grad():

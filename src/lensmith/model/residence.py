@@ -62,7 +62,7 @@ def check_frozen(model: nn.Module) -> None:
         )
 
 
-def _host_embedding(model: Engine, device: torch.device) -> str:
+def _host_embedding(model: Any, device: torch.device) -> str:
     decoder = model.model.language_model
     size = decoder.embed_tokens.weight.nbytes
     pin(decoder.embed_tokens.weight)
@@ -72,7 +72,7 @@ def _host_embedding(model: Engine, device: torch.device) -> str:
     )
 
 
-def _host_head(model: Engine, memory: Memory, device: torch.device, *, tied: bool) -> str:
+def _host_head(model: Any, memory: Memory, device: torch.device, *, tied: bool) -> str:
     weight = model.lm_head.weight
     if tied and memory.embedding == "gpu":
         raise ConfigError(
@@ -85,7 +85,7 @@ def _host_head(model: Engine, memory: Memory, device: torch.device, *, tied: boo
     return f"{what} lives in host memory: {weight.nbytes / GIB:.2f} GiB cross to the GPU once per pack."
 
 
-def _narrow_head(model: Engine, memory: Memory, *, tied: bool) -> str:
+def _narrow_head(model: Any, memory: Memory, *, tied: bool) -> str:
     if tied and memory.embedding == "gpu":
         raise ConfigError(
             f"memory.head_bits={memory.head_bits}, memory.embedding=gpu: in this model head and embedding are one weight, "
@@ -147,7 +147,8 @@ def _frozen_tensors(module: nn.Module) -> list[Tensor]:
     tensors: list[Tensor] = list(module.parameters())
     for linear in module.modules():
         if isinstance(linear, nn.Linear) and is_four_bit(linear):
-            state: Any = linear.weight.quant_state
+            weight: Any = linear.weight
+            state = weight.quant_state
             tensors.append(state.absmax)
             if state.nested:
                 tensors += [state.state2.absmax, state.offset]

@@ -102,13 +102,12 @@ def stream_weights(
             continue
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         tensor = shards.get(name)
+        filled: Any = None
         if quantizer is not None and quantizer.param_needs_quantization(model, name):
             filled = _few_bits(module, parameter, name, tensor, shards, stored, device, dtype)
             if filled is not None and stays_home(name):
                 filled = filled.to("cpu")
-        elif tensor.shape != parameter.shape:
-            filled = None
-        else:
+        elif tensor.shape == parameter.shape:
             place = torch.device("cpu") if stays_home(name) else device
             filled = nn.Parameter(tensor.to(place, dtype), requires_grad=parameter.requires_grad)
         if filled is None:
@@ -127,7 +126,7 @@ def _skeleton(
 ) -> tuple[Engine, Any]:
     """The model without weights, its linears exchanged for those in few bits, and transformers' quantizer, if any."""
     from accelerate import init_empty_weights
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     from lensmith.model.engine import Engine
 
@@ -141,7 +140,8 @@ def _skeleton(
     stored = getattr(architecture, "quantization_config", None)
     if quant is None and stored is None:
         return model, None
-    quantizer: Any = AutoHfQuantizer.from_config(quant or stored, pre_quantized=quant is None)
+    settings: Any = stored if quant is None else quant
+    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=quant is None)
     quantizer.validate_environment(device_map={"": device})
     quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": device})
     return model, quantizer
@@ -158,17 +158,18 @@ def _few_bits(
     dtype: torch.dtype,
 ) -> nn.Parameter | None:
     """The weight of a 4- or 8-bit linear, quantised on the device or as stored; None where its shape is wrong."""
-    from bitsandbytes.nn import Int8Params, Params4bit
+    from bitsandbytes.nn import modules
 
-    if isinstance(parameter, Int8Params):
+    kinds: Any = modules  # bitsandbytes' own annotations call these modules; they are parameters
+    if isinstance(parameter, kinds.Int8Params):
         if tuple(tensor.shape) != tuple(parameter.shape):
             return None
-        return Int8Params(tensor.to(dtype), requires_grad=False, has_fp16_weights=False).to(device)  # pyright: ignore
+        return kinds.Int8Params(tensor.to(dtype), requires_grad=False, has_fp16_weights=False).to(device)
     if parts := {key.removeprefix(f"{name}."): shards.get(key) for key in stored if key.startswith(f"{name}.")}:
-        return Params4bit.from_prequantized(tensor, parts, device=device, module=module)  # pyright: ignore[reportArgumentType]
+        return kinds.Params4bit.from_prequantized(tensor, parts, device=device, module=module)
     if tuple(tensor.shape) != (module.out_features, module.in_features):
         return None
-    fresh = Params4bit(
+    fresh = kinds.Params4bit(
         tensor.to(dtype),
         compress_statistics=parameter.compress_statistics,
         quant_type=parameter.quant_type,

@@ -163,7 +163,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
     groups = parameter_groups(model, config.optim, config.tune.method)
     if config.optim.name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
     return (PagedAdamW8bit if config.optim.name == "paged_adamw_8bit" else AdamW8bit)(groups)
 

@@ -55,7 +55,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         """Of the gradients dropped since the last `step`; with in_backward only."""
         if in_backward:
             self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-            myself = weakref.ref(self)  # parameters must not keep their optimizer alive
+            myself: weakref.ref[RoundedAdamW] = weakref.ref(self)  # parameters must not keep their optimizer alive
             for parameter in (p for group in self.param_groups for p in group["params"]):
                 parameter.register_post_accumulate_grad_hook(functools.partial(_step_inside, myself))
 
@@ -154,23 +154,25 @@ def _update_8bit(wide: Tensor, grad: Tensor, state: dict[str, Any], piece: slice
 
     blocks = slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
     signed, unsigned = _maps(wide.device)
+    beta1, beta2 = group["betas"]
     optimizer_update_8bit_blockwise(
         "adam",
-        grad,
-        wide,
-        state["state1"][piece],
-        state["state2"][piece],
-        *group["betas"],
-        0.0,
-        0.0,
-        group["eps"],
-        state["step"],
-        group["lr"],
-        signed,
-        unsigned,
-        state["absmax1"][blocks],
-        state["absmax2"][blocks],
-        group["weight_decay"],
+        g=grad,
+        p=wide,
+        state1=state["state1"][piece],
+        state2=state["state2"][piece],
+        beta1=beta1,
+        beta2=beta2,
+        beta3=0.0,
+        alpha=0.0,
+        eps=group["eps"],
+        step=state["step"],
+        lr=group["lr"],
+        qmap1=signed,
+        qmap2=unsigned,
+        absmax1=state["absmax1"][blocks],
+        absmax2=state["absmax2"][blocks],
+        weight_decay=group["weight_decay"],
     )
 
 
