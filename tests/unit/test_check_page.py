@@ -243,6 +243,7 @@ def test_refused_rows_are_shown_as_on_disk_with_their_reason(page_of):
     assert "unreadable_image text.png: is not a picture." in said
     assert "question: What is this?" in said
     assert '<a href="#train-3">' in page, "the finding leads to the row"
+    assert "rows.jsonl:4: text.png: is not a picture." in said
 
 
 def test_a_refused_row_drawn_at_random_tells_its_own_fault(page_of):
@@ -253,6 +254,12 @@ def test_a_picture_whose_pixels_cannot_be_decoded_leaves_its_reason_and_the_prom
     said = words(page_of([ask("cut.jpg", "What was it?", "a photo"), ROWS[0]]))
     assert "the file was probably cut off" in said
     assert "What was it?" in said
+
+
+def test_of_many_rows_with_a_finding_some_are_named_and_all_are_counted(page_of):
+    said = words(page_of(ROWS, finding("exif_rotated", *(example(row, "was turned upright.") for row in range(12)))))
+    assert "rows.jsonl:1: was turned upright." in said
+    assert "Also rows.jsonl:2, rows.jsonl:3, rows.jsonl:4, rows.jsonl:5 and 7 more" in said
 
 
 def test_clean_data_is_ready_and_says_that_nothing_was_found(page_of):

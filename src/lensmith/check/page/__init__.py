@@ -103,25 +103,30 @@ def _findings(report: CheckReport, anchors: Mapping[tuple[str, int], str]) -> st
 
 
 def _finding(finding: Finding, anchors: Mapping[tuple[str, int], str]) -> str:
-    first = f"<p>{show(shorten(finding.examples[0].sentence, SENTENCE_CHARACTERS))}</p>" if finding.examples else ""
     return (
         f'<tr class="{finding.severity}"><th scope="row"><span class="mark" aria-hidden="true">{MARKS[finding.severity]}'
         f"</span> <code>{finding.code}</code><br><small>{finding.severity}</small></th>"
         f'<td class="count">{finding.count:,}</td>'
-        f'<td><p>{show(CODES[finding.code].meaning)}</p>{first}<p class="places">{_places(finding, anchors)}</p></td>'
+        f"<td><p>{show(CODES[finding.code].meaning)}</p>{_places(finding, anchors)}</td>"
         f"<td><p>{show(finding.fix)}</p></td></tr>"
     )
 
 
 def _places(finding: Finding, anchors: Mapping[tuple[str, int], str]) -> str:
+    """The first row with its sentence, then where the next ones are."""
     shown = {example.where: anchors.get((example.side, example.row)) for example in finding.examples}
-    places = []
-    for where in finding.where[:SHOWN_PLACES]:
-        code = f"<code>{show(shorten(where, SENTENCE_CHARACTERS))}</code>"
-        anchor = shown.get(where)
-        places.append(f'<a href="#{anchor}">{code}</a>' if anchor else code)
-    more = finding.count - len(places)
-    return ", ".join(places) + (f" and {more:,} more" if places and more > 0 else "")
+    places = [_place(where, shown.get(where)) for where in finding.where[:SHOWN_PLACES]]
+    if not places:
+        return ""
+    told = f": {show(shorten(finding.examples[0].sentence, SENTENCE_CHARACTERS))}" if finding.examples else ""
+    more = max(finding.count, len(finding.where)) - len(places)
+    rest = ", ".join(places[1:]) + (f" and {more:,} more" if more > 0 else "")
+    return f"<p>{places[0]}{told}</p>" + (f'<p class="places">Also {rest}</p>' if rest else "")
+
+
+def _place(where: str, anchor: str | None) -> str:
+    code = f"<code>{show(shorten(where, SENTENCE_CHARACTERS))}</code>"
+    return f'<a href="#{anchor}">{code}</a>' if anchor else code
 
 
 def _rows(choices: Sequence[Choice], sources: Mapping[Side, SampleSource]) -> str:

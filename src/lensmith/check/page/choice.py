@@ -121,7 +121,9 @@ def _edges(
     for large in report.tokens.largest[:1]:
         reasons.setdefault((large.side, large.row), []).append(Reason(f"Most tokens: {large.tokens:,}."))
     looked_at = dict(_encoded(sources, keys))
-    among = "all rows" if len(looked_at) == report.ok else f"{counted(len(looked_at), 'row')} looked at"
+    among = (
+        "all rows" if len(keys) == sum(map(len, sources.values())) else f"{counted(len(looked_at), 'row')} looked at"
+    )
     for name, score in EDGES.items():
         best = max(looked_at, key=lambda key: score(looked_at[key]), default=None)
         if best is not None and score(looked_at[best]) > NOTHING:

@@ -95,7 +95,8 @@ def _overlay(boxes: Sequence[Box]) -> str:
         f'<path class="{layer} {_side(box)}" d="{_outline(box)}"/>' for box in boxes for layer in ("under", "over")
     )
     tags = "".join(
-        f'<b class="tag {_side(box)}" style="left:{_share(box.numbers[0])};top:{_share(box.numbers[1])}">{number}</b>'
+        f'<b class="tag at-{box.kind} {_side(box)}" style="left:{_share(box.numbers[0])};top:{_share(box.numbers[1])}">'
+        f"{number}</b>"
         for number, box in enumerate(boxes, 1)
     )
     svg = f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none">{lines}</svg>'
