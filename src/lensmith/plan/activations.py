@@ -85,6 +85,11 @@ class Pass:
         return inputs * self.one_input
 
     @property
+    def waiting_inputs(self) -> float:
+        """Inputs in host memory."""
+        return self.recomputed_layers * self.one_input if self.config.memory.offload == "inputs" else 0
+
+    @property
     def layer(self) -> float:
         """What one layer keeps, without its input; see the table at the top."""
         facts, work = self.facts, self.work

@@ -94,6 +94,7 @@ class Plan:
             "model": self.facts.name,
             "moment": self.memory.moment,
             "moments": {name: round(gib, 3) for name, gib in self.memory.moments.items()},
+            "host_gib": round(sum(self.memory.host.values()), 3),
             "step_parts_s": {name: round(seconds, 4) for name, seconds in self.time.parts.items()},
             "run_h": None if self.run_h is None else round(self.run_h, 3),
             "pack_tokens": self.work.tokens,

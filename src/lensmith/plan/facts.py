@@ -244,8 +244,9 @@ def facts_from_config(config: dict[str, Any], name: str) -> ModelFacts:
     """Shapes from a parsed config.json. Raises KeyError for one that is not of a Qwen3-VL."""
     text, vision = config["text_config"], config["vision_config"]
     experts = None
-    if text.get("num_experts"):
-        experts = Experts(text["num_experts"], text["num_experts_per_tok"], text["moe_intermediate_size"])
+    # transformers writes its own name for what Qwen's file calls num_experts.
+    if count := text.get("num_experts") or text.get("num_local_experts"):
+        experts = Experts(count, text["num_experts_per_tok"], text["moe_intermediate_size"])
     heads = text["num_attention_heads"]
     return ModelFacts(
         name,

@@ -26,6 +26,7 @@ from lensmith.plan.coefficients import Coefficients, load_coefficients
 from lensmith.plan.facts import ModelFacts
 from lensmith.plan.weights import (
     ADAPTER_BYTES,
+    host_parts,
     optimizer_name,
     scratch_bytes,
     trainable,
@@ -52,6 +53,8 @@ class MemoryPlan:
     """When the peak is."""
     moments: Mapping[str, float]
     """Peak of each moment; `peak_gib` is the largest."""
+    host: Mapping[str, float]
+    """What waits in page-locked host memory meanwhile, by name; each process has this of its own."""
     notes: tuple[str, ...] = ()
     """What the arithmetic leaves out, in sentences."""
 
@@ -87,8 +90,13 @@ def plan_memory(
         parts | {CONTEXT: CONTEXT_GIB},
         moment,
         {name: sum(parts.values()) / GIB for name, parts in peaks.items()},
+        {name: value / GIB for name, value in _host(one).items() if value},
         _notes(facts, config, gpus),
     )
+
+
+def _host(one: Pass) -> Parts:
+    return host_parts(one.facts, one.config) | {"layer inputs": one.waiting_inputs}
 
 
 def _reserved(steady: Parts, parts: Parts, found: Coefficients) -> Parts:

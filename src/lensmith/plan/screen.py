@@ -44,11 +44,13 @@ def plan_screen(plan: Plan) -> Iterator[Any]:
     yield stacked_bar(plan.memory, plan.card.gib)
     yield parts_table(plan.memory)
     yield f"The peak is {MOMENTS[plan.memory.moment]}."
+    yield from _about_host(plan.memory, "As it is")
     yield from _about_packs(plan)
     yield _about_time(plan)
     if plan.steps:
         yield ""
         yield changes_table(plan)
+        yield from _about_host(plan.fitted, "With these changes")
     elif plan.steps is None:
         yield f"No settings make it fit: {plan.way_out}."
     if plan.faster is not None:
@@ -126,6 +128,12 @@ def _about_packs(plan: Plan) -> Iterator[str]:
     yield f"The worst pack has {work.tokens:,} tokens{images}: {named}{more}."
     if worst.largest:
         yield f"Its largest image: {worst.largest}."
+
+
+def _about_host(memory: MemoryPlan | None, when: str) -> Iterator[str]:
+    if memory is not None and memory.host:
+        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.host.items())
+        yield f"{when}, {sum(memory.host.values()):.1f} GiB of host memory are page-locked: {parts}."
 
 
 def _about_time(plan: Plan) -> str:

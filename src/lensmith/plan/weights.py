@@ -178,3 +178,20 @@ def scratch_bytes(facts: ModelFacts, config: RunConfig) -> float:
     if config.tune.method not in ("qlora", "lora_8bit"):
         return 0
     return max(inputs * outputs for inputs, outputs in facts.layer_linears) * value_bytes(config)
+
+
+def host_parts(facts: ModelFacts, config: RunConfig) -> dict[str, float]:
+    """What waits in page-locked host memory instead of on the GPU."""
+    memory, wide, parts = config.memory, value_bytes(config), {}
+    if memory.embedding == "host":
+        parts["embedding"] = facts.embedding * wide
+    if memory.head == "host" and not facts.tied:
+        parts["head"] = facts.embedding * wide
+    if memory.tower == "host":
+        parts["tower"] = (facts.tower.depth * facts.tower.block + facts.tower.mergers) * wide
+    if memory.stream_layers:
+        parts["decoder layers"] = min(memory.stream_layers, facts.layers) * layer_bytes(facts, config)
+    if optimizer_name(facts, config) == "paged_adamw_8bit":
+        train = trainable(facts, config)
+        parts["optimizer"] = 2 * (train.adapters + train.weights) * BLOCKWISE_8BIT_BYTES
+    return parts
