@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import easy_vqa
 import numpy as np
@@ -112,11 +113,16 @@ def test_grey_is_nearly_zero_in_what_the_tower_takes(source_of, shape_rows):
     assert pixels.shape == read_patches(source.encoded(0).images[0], source.encoder.geometry).shape
 
 
-def test_unusable_rows_and_rows_without_pictures_are_passed_over(loaded, source_of, shape_rows):
-    source = source_of(
-        [{"image": "/gone.png", "question": "?", "answer": "a"}, {"question": "2 + 2?", "answer": "4"}, *shape_rows[:3]]
-    )
-    assert blind_test(loaded.model, source, range(5), seed=0).n == 3
+def test_unusable_rows_and_rows_without_pictures_are_passed_over(loaded, source_of, shape_rows, tmp_path):
+    whole = Path(shape_rows[0]["image"]).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    rows = [
+        {"image": "/gone.png", "question": "?", "answer": "a"},
+        {"image": str(tmp_path / "cut.png"), "question": "?", "answer": "a"},
+        {"question": "2 + 2?", "answer": "4"},
+        *shape_rows[:3],
+    ]
+    assert blind_test(loaded.model, source_of(rows), range(6), seed=0).n == 3
 
 
 def test_too_few_pictures_are_refused_with_both_counts(loaded, source_of, shape_rows):

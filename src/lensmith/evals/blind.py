@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lensmith.data.images import read_patches
 from lensmith.data.pack import pack_samples
 from lensmith.errors import DataError, RowError
 from lensmith.types import Encoded, ImageRef, Moment
@@ -96,6 +97,8 @@ def _drawn(source: SampleSource, order: Int[np.ndarray, " rows"], samples: int) 
             break
         try:
             encoded = source.encoded(row)
+            for image in encoded.images:  # damage inside a file shows only now
+                read_patches(image, source.encoder.geometry)
         except RowError:  # the scan, or `lensmith check`, has told of it
             continue
         if encoded.images and encoded.num_learned:
