@@ -89,17 +89,16 @@ def read_header(ref: ImageRef) -> Header:
     Raises:
         RowError: `missing_file`, `unreadable_image`, `decompression_bomb`, or `unreadable_document` for a page.
     """
-    with reporting_gone(ref):
+    try:
         if ref.page is not None:
             return Header("PDF", "RGB", *page_px(ref), 1, False, False, False, True, 0)
-        try:
-            with open_ref(ref) as file:
-                view = View(file)
-                facts = _parse(view)
-        except FileNotFoundError:
-            raise
-        except OSError as cause:
-            raise _unreadable(ref, cause) from cause
+        with open_ref(ref) as file:
+            view = View(file)
+            facts = _parse(view)
+    except FileNotFoundError as cause:
+        raise _gone(ref) from cause
+    except OSError as cause:
+        raise _unreadable(ref, cause) from cause
     facts = facts or _ask_pillow(ref)
     mark = next((end for start, end in END_MARKS.items() if view.head.startswith(start)), b"")
     return Header(*facts, view.tail.endswith(mark), view.num_bytes)
@@ -182,7 +181,11 @@ def reporting_gone(ref: ImageRef) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as cause:
-        raise RowError(str(ref), "missing_file", "there is no such file.") from cause
+        raise _gone(ref) from cause
+
+
+def _gone(ref: ImageRef) -> RowError:
+    return RowError(str(ref), "missing_file", "there is no such file.")
 
 
 def _unreadable(ref: ImageRef, cause: Exception, *, is_empty: bool = False) -> RowError:

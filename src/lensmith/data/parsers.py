@@ -87,6 +87,8 @@ SOF = (0xC0, 0xC1, 0xC2)
 """Start of a frame: baseline, extended or progressive, all three Huffman coded. Other kinds are hardly ever seen."""
 DHT, SOS, DQT, DRI, COM = 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
 APP0, APP1, APP2, APP15 = 0xE0, 0xE1, 0xE2, 0xEF
+SEGMENT_START = struct.Struct(">BBH")
+"""Always 0xFF, the marker, and the length of what follows, these two bytes of it included."""
 SEGMENTS = (*SOF, DHT, DQT, DRI, COM)
 JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 TABLE_BYTES = 65
@@ -119,7 +121,7 @@ def _segments(view: View) -> Iterator[tuple[int, int, int]]:
     """Marker, start and length of what each segment holds, up to the first scan."""
     place = 2
     while True:
-        always, kind, length = struct.unpack(">BBH", view.at(place, 4))
+        always, kind, length = SEGMENT_START.unpack(view.at(place, SEGMENT_START.size))
         if always != 0xFF or length < 2:
             raise Unclear
         if kind == SOS:

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100, PTH111, PTH112, PTH116, PTH118, PTH120  (pathlib takes five times as long, and this runs for every picture of every row)
+# ruff: noqa: PTH100, PTH111, PTH112, PTH116, PTH118, PTH120, PTH123  (pathlib takes five times as long, and this runs for every picture of every row)
 """Where pictures lie: paths held inside one folder, members of .zip files, addresses; and how each is opened.
 
 A row is data from anywhere, so what it names is looked for below the image root and nowhere else, unless
@@ -118,7 +118,8 @@ class LocalRoot:
 
 
 def open_ref(ref: ImageRef) -> BinaryIO:
-    """The file that a picture, or the document it is a page of, is stored in; seekable, wherever it lies.
+    """The file that a picture, or the document it is a page of, is stored in; seekable, wherever it lies; on this machine unbuffered, because
+    of most files little is read.
 
     Raises:
         FileNotFoundError: a file of this machine is gone.
@@ -127,7 +128,9 @@ def open_ref(ref: ImageRef) -> BinaryIO:
     if isinstance(ref.source, bytes):
         return io.BytesIO(ref.source)
     if isinstance(ref.source, Path):
-        return ref.source.open("rb") if ref.member is None else io.BytesIO(read_member(ref.source, ref.member))
+        if ref.member is not None:
+            return io.BytesIO(read_member(ref.source, ref.member))
+        return open(ref.source, "rb", buffering=0)  # pyright: ignore[reportReturnType]
     return fetch_image(ref.source) if ref.source.startswith(WEB) else open_remote(ref.source)
 
 
@@ -143,9 +146,7 @@ def check_member(archive: Path, member: str, where: str) -> None:
             where, "unreadable_image", f"{archive} cannot be read as .zip ({cause}); pack it again."
         ) from cause
     if member not in opened.NameToInfo:
-        sentence = (
-            f"{archive} holds {len(opened.NameToInfo):,} members, and none called {member}; mend the path."
-        )
+        sentence = f"{archive} holds {len(opened.NameToInfo):,} members, and none called {member}; mend the path."
         raise RowError(where, "missing_file", sentence)
 
 
