@@ -34,12 +34,13 @@ def list_cases(size: str) -> list[dict[str, Any]]:
     """Settings and pack of each case of a size."""
 
     def case(tokens: int, images: int, *settings: str, samples: int | None = None) -> dict[str, Any]:
+        learned = round(tokens * LEARNED_SHARE / 8) * 8
         return {
             "size": size,
             "tokens": tokens,
             "images": images,
-            "image_tokens": min(IMAGE_TOKENS, (tokens - 128) // max(1, images) - 2) if images else 1,
-            "learned": round(tokens * LEARNED_SHARE / 8) * 8,
+            "image_tokens": min(IMAGE_TOKENS, (tokens - learned - 64) // images - 2),
+            "learned": learned,
             "samples": samples or max(1, images),
             "settings": list(settings),
         }
@@ -64,6 +65,9 @@ def list_cases(size: str) -> list[dict[str, Any]]:
         cases += [case(16384, 8, qlora), case(2048, 1, qlora, "tune.rank=64")]
     if size == "8b":
         cases += [case(1264, 1, qlora, *LOW, "memory.head=host"), case(4096, 8, qlora, *LOW, samples=1)]
+        cases += [case(6144, 8, lora, *LOW)]
+    if size == "32b":  # the 67 GB of its weights in 16 bits fit no other case
+        cases = [case(4096, 4, qlora, *LOW)]
     return cases
 
 
@@ -73,6 +77,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from lensmith.config.read import read_config
     from lensmith.data.images import read_geometry
+    from lensmith.errors import LensmithError
     from lensmith.model.names import read_architecture
     from lensmith.train.measure import make_pack, measure_steps
 
@@ -90,8 +95,8 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         shards = RandomShards(read_architecture(str(folder)), device)
         found = measure_steps(config, make, device=device, shards=shards)
         result = {name: round(getattr(found, name), 4) for name in found.__slots__}
-    except torch.OutOfMemoryError as cause:
-        result = {"error": str(cause).splitlines()[0]}
+    except (RuntimeError, ValueError, LensmithError) as cause:  # one failure must not lose the others
+        result = {"error": f"{type(cause).__name__}: {str(cause).splitlines()[0]}"}
     gc.collect()
     torch.cuda.empty_cache()
     return {
@@ -107,6 +112,7 @@ def main() -> None:
     parser.add_argument("kit", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["2b", "4b", "8b"])
     parser.add_argument("--only", default="", help="cases whose settings contain this")
+    parser.add_argument("--skip", type=int, default=0, help="cases of the first size, where a run was cut short")
     parser.add_argument("--work", type=Path, default=Path("runs/grid"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit")
@@ -118,7 +124,7 @@ def main() -> None:
     results = []
     for size in options.sizes:
         folder = write_shell(options.kit, size, options.work / size)
-        for case in list_cases(size):
+        for case in list_cases(size)[options.skip if size == options.sizes[0] else 0 :]:
             if options.only in " ".join(case["settings"]):
                 results.append(measure(case, folder))
                 print(json.dumps(results[-1]), file=sys.stderr, flush=True)

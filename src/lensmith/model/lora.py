@@ -82,14 +82,16 @@ class Shadows:
 
     def refresh(self) -> None:
         """Read the adapters as they are now."""
-        sources = [p for layer in self._layers for pair in (layer.lora_A, layer.lora_B) for p in pair.parameters()]
+        sources: list[Tensor] = [
+            p for layer in self._layers for pair in (layer.lora_A, layer.lora_B) for p in pair.parameters()
+        ]
         if [id(source) for source in sources] != [id(source) for source in self._sources]:
             self._sources = sources
             self._copies = [torch.empty_like(source, dtype=self._dtype) for source in sources]
             for source, copy in zip(sources, self._copies, strict=True):
                 source.shadow = copy  # pyright: ignore[reportAttributeAccessIssue]
         with torch.no_grad():
-            torch._foreach_copy_(self._copies, self._sources)
+            torch._foreach_copy_(self._copies, self._sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:

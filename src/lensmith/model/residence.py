@@ -134,7 +134,7 @@ def _host_layers(model: Engine, memory: Memory, device: torch.device) -> str:
 
 def _visitors(owners: Sequence[Sequence[nn.Module]], device: torch.device) -> Visitors:
     """One group per entry; a module that runs on its own, as in generation, fetches its group first."""
-    groups = [Hosted([t for module in modules for t in _frozen_tensors(module)], device) for modules in owners]
+    groups = [Hosted([t for module in modules for t in _frozen_tensors(module, device)], device) for modules in owners]
     visitors = Visitors(groups, device)
     for index, modules in enumerate(owners):
         for module in modules:
@@ -142,14 +142,19 @@ def _visitors(owners: Sequence[Sequence[nn.Module]], device: torch.device) -> Vi
     return visitors
 
 
-def _frozen_tensors(module: nn.Module) -> list[Tensor]:
-    """All weights of a module, with what belongs to its 4-bit ones: scales and the scales of scales."""
+def _frozen_tensors(module: nn.Module, device: torch.device) -> list[Tensor]:
+    """All weights of a module, with what belongs to its 4-bit ones: scales and the scales of scales.
+
+    The few numbers that codes stand for are the same for all; they stay on the device.
+    """
     tensors: list[Tensor] = list(module.parameters())
     for linear in module.modules():
         if isinstance(linear, nn.Linear) and is_four_bit(linear):
             weight: Any = linear.weight
             state = weight.quant_state
+            state.code = state.code.to(device)
             tensors.append(state.absmax)
             if state.nested:
+                state.state2.code = state.state2.code.to(device)
                 tensors += [state.state2.absmax, state.offset]
     return tensors

@@ -109,7 +109,8 @@ class RoundedAdamW(torch.optim.Optimizer):
 
         for number in (1, 2):
             if self.states == "paged_8bit" and device.type == "cuda":
-                stored = get_paged(size, dtype=torch.uint8, device=device).zero_()
+                stored: Any = get_paged(size, dtype=torch.uint8, device=device)
+                stored.zero_()
             else:
                 stored = torch.zeros(size, dtype=torch.uint8, device=device)
             state[f"state{number}"] = stored
@@ -159,8 +160,8 @@ def _update_8bit(wide: Tensor, grad: Tensor, state: dict[str, Any], piece: slice
         "adam",
         g=grad,
         p=wide,
-        state1=state["state1"][piece],
-        state2=state["state2"][piece],
+        state1=_part(state["state1"], piece),
+        state2=_part(state["state2"], piece),
         beta1=beta1,
         beta2=beta2,
         beta3=0.0,
@@ -174,6 +175,14 @@ def _update_8bit(wide: Tensor, grad: Tensor, state: dict[str, Any], piece: slice
         absmax2=state["absmax2"][blocks],
         weight_decay=group["weight_decay"],
     )
+
+
+def _part(stored: Any, piece: slice) -> Tensor:
+    part = stored[piece]
+    if getattr(stored, "is_paged", False):
+        # bitsandbytes knows by this attribute that the GPU can read what torch takes for host memory.
+        part.is_paged, part.page_deviceid = True, stored.page_deviceid
+    return part
 
 
 _maps_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
