@@ -23,11 +23,17 @@ from lensmith.errors import ConfigError, Interrupted, LensmithError
 
 if TYPE_CHECKING:
     from lensmith.config.tree import RunConfig
+    from lensmith.data.source import SampleSource
 
 DONE, USER_ERROR, BUG = 0, 1, 2
 YAML_SUFFIXES = {".yaml", ".yml"}
 # typer carries its own copy of click from 0.25 on; the parent of its public BadParameter is UsageError in both.
 UsageError: Any = typer.BadParameter.__base__
+
+
+class Found(dict[str, Any]):
+    """A result that is whole, and yet asks for something to be mended: the exit code says so."""
+
 
 app = typer.Typer(
     help="Fine-tune Qwen3-VL on the GPU you have: images and answers in, a verified model out.",
@@ -89,6 +95,57 @@ def init(
 
 
 @app.command(
+    epilog="Examples: lensmith check data.jsonl; lensmith check run.yaml --quick; lensmith check run.yaml --fix clean"
+)
+def check(
+    source: Annotated[str, typer.Argument(metavar="RUN.YAML|DATA", help="Settings, or just data.")],
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers and end marks only; decode no picture.")] = False,
+    fix: Annotated[
+        Path | None,
+        typer.Option(help="Write a clean copy of the data to this folder, which must not exist or be empty."),
+    ] = None,
+    html: Annotated[Path, typer.Option(help="The page with the rows as the model sees them.")] = Path("report.html"),
+    no_html: Annotated[bool, typer.Option("--no-html", help="Write no page.")] = False,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Also ask the model with wrong and grey images: does it look at them?")
+    ] = False,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Read every row and picture before training, and say what is wrong with which; exits with 1 where any is refused."""
+    config = _read_settings(source, overrides or ())
+    if config.data.train is None:
+        raise ConfigError(
+            f"{source}: data.train is null, so there is nothing to check. "
+            "Set it in the file, or add data.train=rows.jsonl to the command."
+        )
+    from lensmith.check.fix import refuse_full_folder, write_clean
+    from lensmith.check.page import write_page
+    from lensmith.check.run import run_check
+    from lensmith.check.screen import check_screen
+    from lensmith.train.progress import CountProgress
+
+    if fix is not None:
+        refuse_full_folder(fix)
+    with CountProgress("reading") as read:
+        checked = run_check(config, decode=not quick, say=_say, progress=read)
+    report = checked.report
+    for line in check_screen(report):
+        _say(line)
+    result = report.to_json()
+    told = _blind_test(config, checked.sources["train"], result) if blind else None
+    if not no_html:
+        write_page(report, checked.sources, html, seed=config.seed, blind=told)
+        _say(f"Wrote {html}: rows as the model sees them.")
+    if fix is not None:
+        with CountProgress("copying") as copied:
+            cleaned = write_clean(checked, config, fix, workers=config.data.workers, progress=copied)
+        for sentence in cleaned.sentences():
+            _say(sentence)
+    return result if report.is_clean else Found(result)
+
+
+@app.command(
     epilog="Examples: lensmith plan run.yaml --gpu 8 --fit fits.yaml; lensmith plan --model 8b --method qlora --gpu 24"
 )
 def plan(
@@ -147,7 +204,7 @@ def plan(
     if measure:
         from lensmith.train.measure import measure_plan
 
-        measured = measure_plan(config)
+        measured = measure_plan(config, found.work)
         _say(measured_sentence(found, peak_gib=measured.peak_gib, step_s=measured.step_s))
         result |= {"measured": {"peak_gib": measured.peak_gib, "step_s": measured.step_s}}
     return result
@@ -278,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Libraries print where they like; stdout belongs to the one JSON object.
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             result = typer.main.get_command(app).main(arguments, prog_name="lensmith", standalone_mode=False)
-        code = result if isinstance(result, int) else DONE
+        code = result if isinstance(result, int) else USER_ERROR if isinstance(result, Found) else DONE
     except BaseException as error:  # noqa: BLE001 (the one place where every error becomes an exit code; bugs show all)
         result, code = _report(error)
     if wants_json and isinstance(result, dict) and os.environ.get("RANK", "0") == "0":
@@ -328,6 +385,19 @@ def _explain(error: BaseException) -> str | None:
     from lensmith.rundir import explain_full_disk
 
     return explain_full_disk(error, Path.cwd())
+
+
+def _blind_test(config: RunConfig, source: SampleSource, result: dict[str, Any]) -> str:
+    """Ask the model with its own, other and grey images; returns what came of it, and adds the numbers to `result`."""
+    from dataclasses import asdict
+
+    from lensmith.evals.blind import blind_test
+    from lensmith.model.load import load_model
+
+    tested = blind_test(load_model(config).model, source, range(len(source)), seed=config.seed)
+    _say(tested.sentence)
+    result["blind"] = asdict(tested)
+    return tested.sentence
 
 
 def _read_settings(source: str, overrides: Sequence[str]) -> RunConfig:

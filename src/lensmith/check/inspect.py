@@ -7,7 +7,6 @@ pictures of a row are looked at, and all that is wrong with it is told. What com
 from __future__ import annotations
 
 from array import array
-from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -105,7 +104,6 @@ class Inspector:
     def __init__(self, measurer: Measurer, *, decode: bool) -> None:
         """`decode`: whether every picture is decoded in full, or only its header and end mark read."""
         self.measurer, self.decode = measurer, decode
-        self._stops = [span.stop for span, _ in measurer.source.samples.spans]
         self._looks: dict[str, Look] = {}
 
     def inspect(self, start: int, stop: int) -> Part:
@@ -123,7 +121,7 @@ class Inspector:
         except RowError as fault:
             part.report(row, fault.where, [*refusals, fault])
             return
-        looks = {ref: self._look(ref) for ref in sample.images if ref != NOT_THERE}
+        looks = {ref: self.look(ref) for ref in sample.images if ref != NOT_THERE}
         refusals += [look.fault.at(sample.where) for look in looks.values() if look.fault is not None]
         notes = [*_odd_pictures(looks), *odd_texts(sample)]
         if not refusals:
@@ -135,10 +133,11 @@ class Inspector:
                 texts += [message.text for message in sample.messages]
         part.report(row, sample.where, refusals, notes)
 
-    def _look(self, ref: ImageRef) -> Look:
+    def look(self, ref: ImageRef) -> Look:
+        """What is known of a picture, from the row before or from its file."""
         look = self._looks.get(ref.key)
         if look is None:
-            look = look_at(ref, decode=self.decode)
+            look = look_at(ref, self.measurer.source, decode=self.decode)
             if len(self._looks) >= KNOWN_LOOKS:
                 del self._looks[next(iter(self._looks))]
             self._looks[ref.key] = look
@@ -153,7 +152,7 @@ class Inspector:
         fitted = self.measurer.fit(row, sample)
         boxes = audit_boxes(sample, (fitted.encoded or fitted.original).images, sample.boxes)
         if boxes.boxes or boxes.points:
-            part.boxes[bisect(self._stops, row)] += BoxTally.of([boxes])
+            part.boxes[self.measurer.source.samples.place(row)[0]] += BoxTally.of([boxes])
         if boxes.faults:
             return [*boxes.faults]
         self.measurer.add(row, sample, fitted, part.chunk)

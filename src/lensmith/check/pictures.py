@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lensmith.check.keys import NOTHING, digest
-from lensmith.data.headers import Header, read_header
-from lensmith.data.images import MAX_ASPECT, check_whole, open_image
+from lensmith.data.images import MAX_ASPECT, open_image
 from lensmith.data.places import open_ref
 from lensmith.errors import RowError
 
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lensmith.check.findings import Code
+    from lensmith.data.headers import Header
+    from lensmith.data.source import SampleSource
     from lensmith.types import ImageRef
 
 HASH_PX = (9, 8)
@@ -62,19 +63,19 @@ class Look:
     """None where pixels were not decoded, or show too little to be told from another picture."""
 
 
-def look_at(ref: ImageRef, *, decode: bool) -> Look:
+def look_at(ref: ImageRef, source: SampleSource, *, decode: bool) -> Look:
     """Look at one picture; never raises for what is wrong with it.
 
-    `decode`: every pixel and every byte, which finds any damage. Otherwise the header and the end mark are read, and the
-    content is known by its size and ends.
+    Args:
+        source: where its row is from; remembers headers, so that measuring the row need not read them again.
+        decode: every pixel and every byte, which finds any damage. Otherwise the header and the end mark are read, and
+            the content is known by its size and ends.
     """
     header, content = None, NOTHING
     try:
-        header = read_header(ref)
+        header = source.header(ref, check=not decode)
         content = digest_file(ref, whole=decode)
         picture = open_image(ref) if decode else None
-        if not decode and not header.is_whole:
-            check_whole(ref)
         fault = _check_aspect(ref, header)
     except RowError as found:
         return Look(header, found, _oddities(header), content, None)

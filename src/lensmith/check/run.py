@@ -25,6 +25,7 @@ from lensmith.data.pool import CHUNK_ROWS, PARALLEL_ROWS, in_chunks
 
 if TYPE_CHECKING:
     from lensmith.config.tree import RunConfig
+    from lensmith.data.box_evidence import BoxTally
     from lensmith.data.source import SampleSource
 
 Say = Callable[[Any], None]
@@ -46,6 +47,8 @@ class Checked:
     report: CheckReport
     sources: Mapping[Side, SampleSource]
     """As read, with smaller images in rows that did not fit the budget."""
+    boxes: Mapping[Side, Mapping[int, BoxTally]]
+    """What the boxes of each file prove, by the file's number."""
 
 
 def run_check(
@@ -96,7 +99,7 @@ def run_check(
         rows_in_all=sum(map(len, sources.values())),
         took_s=time.monotonic() - started,
     )
-    return Checked(report, {side.side: side.scan.source for side in sides})
+    return Checked(report, {side.side: side.scan.source for side in sides}, {side.side: side.boxes for side in sides})
 
 
 def _read(

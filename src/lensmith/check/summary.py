@@ -186,8 +186,9 @@ def _shared_tokens(tokens: np.ndarray, prefix_tokens: np.ndarray, groups: np.nda
 
 
 def _histogram(tokens: Int[np.ndarray, " rows"], image: Int[np.ndarray, " rows"]) -> Histogram:
-    top = int(tokens.max(initial=0))
-    edges = np.unique(np.linspace(0, max(top, 1), min(HISTOGRAM_BINS, max(top, 1)) + 1).round().astype(np.int64))
+    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+    bins = max(1, min(HISTOGRAM_BINS, high - low))
+    edges = np.unique(np.linspace(low, max(high, low + 1), bins + 1).round().astype(np.int64))
     rows, image_tokens, all_tokens = (
         np.histogram(tokens, edges, weights=weights)[0].astype(np.int64) for weights in (None, image, tokens)
     )
