@@ -1,6 +1,7 @@
 """Videos of every kind are seen as they play; what cannot be seen is told with its frame."""
 
 import json
+import os
 from fractions import Fraction
 
 import av
@@ -83,6 +84,7 @@ def numbers_seen(sizes) -> list[int]:
         ("a.avi", "mpeg4", False),
         ("a.mkv", "libx264", True),
         ("a.webm", "libvpx-vp9", True),
+        ("a.ts", "libx264", True),
     ],
 )
 def test_frames_are_told_without_decoding_and_seen_where_told(tmp_path, name, codec, was_counted):
@@ -292,11 +294,25 @@ def test_a_damaged_frame_is_named_instead_of_painted_over(tmp_path):
         read_moment(sizes[0].ref, sizes[0].seen_px)
 
 
+def spoil(path):
+    """The file as it was by its looks, with nothing in it."""
+    state = path.stat()
+    path.write_bytes(bytes(state.st_size))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_a_video_that_was_replaced_is_seen_anew(tmp_path):
+    path = write_video(tmp_path / "a.mp4")
+    assert numbers_seen(sizes_of(path)) == [0, 8, 15, 23]
+    write_video(path, num=10)
+    assert numbers_seen(sizes_of(path)) == [0, 3, 6, 9]
+
+
 def test_a_video_is_decoded_once_for_all_its_moments_and_rows(tmp_path):
     path = write_video(tmp_path / "a.mp4")
     sizes = sizes_of(path)
     read_moment(sizes[0].ref, sizes[0].seen_px)
-    path.unlink()
+    spoil(path)
     assert numbers_seen(sizes) == [0, 8, 15, 23]
     with pytest.raises(RowError):
         read_moment(sizes[0].ref, (32, 32))
@@ -307,7 +323,7 @@ def test_what_is_remembered_of_videos_is_bounded(tmp_path, monkeypatch):
     sizes = [sizes_of(write_video(tmp_path / f"{number}.mp4")) for number in range(3)]
     for each in sizes:
         read_moment(each[0].ref, each[0].seen_px)
-        each[0].ref.clip.video.source.source.unlink()
+        spoil(each[0].ref.clip.video.source.source)
     for each in sizes[1:]:
         assert numbers_seen(each) == [0, 8, 15, 23]
     with pytest.raises(RowError):

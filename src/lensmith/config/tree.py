@@ -53,7 +53,7 @@ class Video(Section):
     """How videos are cut into frames. Qwen3-VL reads frames in pairs, each pair under its time in seconds."""
 
     fps: Annotated[float, Field(gt=0)] = 2.0
-    """Frames taken per second, fewer where max_frames says so."""
+    """Frames taken per second, fewer where max_frames says so; at least the checkpoint's own least, four, where there are."""
     max_frames: Annotated[int, Field(ge=2)] = 128
     """Most frames of one video, spread evenly over it."""
     max_tokens: Annotated[int, Field(ge=1)] = 12288

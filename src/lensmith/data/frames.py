@@ -6,12 +6,12 @@ changing rate), its packets are counted, which reads the file but decodes nothin
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,8 +29,10 @@ KEPT_BYTES = 256 * 2**20
 STEADY_SHARE, STEADY_FRAMES = 0.01, 0.25
 """A rate is steady where a file's average agrees so well with its clock, or no frame is further from its place: phones and
 clocks of whole milliseconds waver by less."""
-KNOWN_HEADERS = 4096
+KNOWN_VIDEOS = 4096
 """Headers remembered per process; one of changing rate takes 8 bytes per frame."""
+SAME_TIME_S = 1e-6
+"""Times closer than this are equal: less than the finest clock in use, 90 kHz."""
 MAX_FRAME_PX = 2 * 89_478_485
 """Pixels of one frame from which a file is refused, as Pillow refuses pictures (twice its MAX_IMAGE_PIXELS)."""
 LATE_FRAMES = 1.5
@@ -50,36 +52,58 @@ class VideoHeader:
     """When each frame is shown, where that is not number / fps. Of a file, from its first frame on."""
     was_counted: bool = False
     """Whether the file was read through once, because it does not say how many frames it has, or when they are shown."""
+    start_s: float = 0.0
+    """What the file's clock says at the first frame."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds from frame to frame, on average."""
+        return 1 / self.fps if self.fps else 1.0
+
+    @property
+    def near_s(self) -> float:
+        """Half the shortest step: a frame so close to a time is the one that is meant."""
+        if self.times_s is None or self.num_frames < 2:
+            return self.step_s / 2
+        return max(float(np.diff(self.times_s).min()) / 2, SAME_TIME_S)
 
 
-@functools.lru_cache(maxsize=KNOWN_HEADERS)
 def probe_file(video: VideoRef) -> VideoHeader:
     """What the container says of a file, and its first frame, which alone tells how the video is to be turned.
 
     Raises:
         RowError: `unreadable_video` for what holds no video or no frame, `missing_file`, `decompression_bomb`.
     """
-    from av.error import FFmpegError
+    return _remembered(_headers, _version(video), lambda: _probe(video))
 
+
+def _probe(video: VideoRef) -> VideoHeader:
     with _opened(video) as (container, stream):
         if stream.height * stream.width > MAX_FRAME_PX:
             sentence = f"its frames are {stream.width} x {stream.height} px, an unreasonable size; encode it smaller."
             raise RowError(str(video), "decompression_bomb", sentence)
-        try:
-            times = None if stream.frames and _is_steady(stream) else _packet_times(container, stream)
-            total = stream.frames if times is None else len(times)
-            container.seek(0)
-            first = next(container.decode(stream), None) if total else None
-        except FFmpegError as cause:
-            raise _undecodable(video, 0, stream.frames, 0.0, cause) from cause
+        times = None if stream.frames and _is_steady(stream) else _packet_times(container, stream)
+        total = stream.frames if times is None else len(times)
+        first = _first_frame(video, container, stream, total) if total else None
     if first is None:
         raise RowError(str(video), "unreadable_video", "holds a video of 0 frames; encode it again, or remove the row.")
     size_px = (first.width, first.height) if _quarter_turns(first) % 2 else (first.height, first.width)
     if times is None:
-        return VideoHeader(size_px, total, float(stream.average_rate))
-    fps = float(stream.average_rate or 1)
-    lag_frames = np.abs(times * fps - np.arange(total)).max()
-    return VideoHeader(size_px, total, fps, None if lag_frames <= STEADY_FRAMES else times, was_counted=True)
+        return VideoHeader(size_px, total, float(stream.average_rate), start_s=first.time or 0.0)
+    fps, start_s = float(stream.average_rate or 1), float(times[0])
+    times = times - start_s
+    is_steady = np.abs(times * fps - np.arange(total)).max() <= STEADY_FRAMES
+    return VideoHeader(size_px, total, fps, None if is_steady else times, was_counted=True, start_s=start_s)
+
+
+def _first_frame(video: VideoRef, container: Any, stream: Any, total: int) -> Any:
+    from av.error import FFmpegError
+
+    try:
+        container.seek(0)
+        return next(container.decode(stream), None)
+    except FFmpegError as cause:
+        raise _undecodable(video, 0, total, 0.0, cause) from cause
 
 
 def _is_steady(stream: Any) -> bool:
@@ -88,10 +112,9 @@ def _is_steady(stream: Any) -> bool:
 
 
 def _packet_times(container: Any, stream: Any) -> Float[np.ndarray, " frames"]:
-    """When each frame is shown, in seconds from the first; read from the packets, which come in the order of decoding."""
+    """When each frame is shown, by the file's clock; read from the packets, which come in the order of decoding."""
     packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    times = np.sort([float(pts * stream.time_base) for packet in packets if (pts := packet.pts) is not None])
-    return times - times[:1]
+    return np.sort([float(pts * stream.time_base) for packet in packets if (pts := packet.pts) is not None])
 
 
 def read_moment(moment: Moment, seen_px: tuple[int, int]) -> UInt8[Tensor, "frames 3 height width"]:
@@ -103,10 +126,35 @@ def read_moment(moment: Moment, seen_px: tuple[int, int]) -> UInt8[Tensor, "fram
     return _kept.frames(moment.clip, seen_px)[moment.index * moment.clip.per_moment :][: moment.clip.per_moment]
 
 
-@functools.lru_cache(maxsize=KNOWN_HEADERS)
 def decode_last(clip: Clip) -> None:
     """Raise RowError where the last frame of a clip from a file cannot be decoded."""
-    _decode(Clip(clip.video, clip.frames[-1:], clip.times_s[-1:], 1), lambda _: None)
+    last = Clip(clip.video, clip.frames[-1:], clip.times_s[-1:], 1)
+    _remembered(_whole, (_version(clip.video), last.frames), lambda: _decode(last, lambda _: None))
+
+
+T = TypeVar("T")
+
+_headers: dict[object, VideoHeader] = {}
+_whole: dict[object, Any] = {}
+"""Videos whose last frame was decoded; both by version, since a cache of the videos themselves would hold their bytes."""
+
+
+def _remembered(store: dict[object, T], key: object, make: Callable[[], T]) -> T:
+    """What is in the store, or what is made and put there; the oldest of KNOWN_VIDEOS goes first."""
+    if key not in store:
+        made = make()
+        if len(store) >= KNOWN_VIDEOS:
+            del store[next(iter(store))]
+        store[key] = made
+    return store[key]
+
+
+def _version(video: VideoRef) -> object:
+    """Equal as long as the video and its files are as they were."""
+    refs = (video.source,) if isinstance(video.source, ImageRef) else video.source
+    paths = [ref.source for ref in refs if isinstance(ref.source, Path)]
+    states = [path.stat() for path in paths if path.exists()]
+    return video.key, tuple((state.st_mtime_ns, state.st_size) for state in states)
 
 
 class _Kept:
@@ -116,7 +164,7 @@ class _Kept:
         self._clips: OrderedDict[object, Tensor] = OrderedDict()
 
     def frames(self, clip: Clip, seen_px: tuple[int, int]) -> UInt8[Tensor, "frames 3 height width"]:
-        key = (clip.video.key, clip.frames, seen_px)
+        key = (_version(clip.video), clip.frames, seen_px)
         if key not in self._clips:
             frames = _clip_frames(clip, seen_px)
             while self._clips and sum(map(_num_bytes, self._clips.values())) + _num_bytes(frames) > KEPT_BYTES:
@@ -186,11 +234,9 @@ class _Walk:
         self.found = 0
         """Frames handed out so far."""
         header = probe_file(clip.video)
-        step_s = 1 / header.fps if header.fps else 1.0
-        shortest_s = step_s if header.times_s is None or header.num_frames < 2 else np.diff(header.times_s).min()
-        # A frame's time is known to within half a step; the last one may be missing (see LATE_FRAMES).
-        self.near_s, self.late_s = float(shortest_s) / 2, LATE_FRAMES * step_s
-        self.start_s = float((stream.start_time or 0) * stream.time_base)
+        self.start_s, self.near_s, self.late_s = header.start_s, header.near_s, LATE_FRAMES * header.step_s
+        if may_seek:
+            container.seek(0)  # Matroska's index is read by the first seek
         self.frames: Iterator[Any] = container.decode(stream)
         self.frame: Any = None
         """The last one decoded."""

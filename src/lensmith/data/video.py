@@ -19,16 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lensmith.config.tree import Video
-from lensmith.data.frames import VideoHeader, decode_last, probe_file
+from lensmith.data.frames import SAME_TIME_S, VideoHeader, decode_last, probe_file
 from lensmith.data.images import MAX_ASPECT, check_whole, header_px
 from lensmith.errors import ConfigError, RowError
 from lensmith.types import Clip, ImageRef, ImageSize, Moment, VideoRef, VisionGeometry
 
 if TYPE_CHECKING:
     from jaxtyping import Int
-
-SAME_TIME_S = 1e-6
-"""Times closer than this are equal: less than the finest clock in use, 90 kHz."""
 
 
 @dataclass(frozen=True, slots=True)
