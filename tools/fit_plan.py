@@ -91,14 +91,15 @@ def draw(records: Sequence[Record], found: Coefficients, path: Path) -> None:
 
     fitted, judged = split(records)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    for axes, which, unit in zip(figure.subplots(1, 2), (0, 1), ("GiB reserved", "s per step"), strict=True):
+    panels = figure.subplots(1, 2)
+    for axes, which, unit in zip(panels, (0, 1), ("GiB reserved", "s per step"), strict=True):
         measured = [(record.peak_gib, record.step_s)[which] for record in records]
         axes.axline((min(measured), min(measured)), (max(measured), max(measured)), color="0.7", linewidth=1)
         for half, label, face in ((fitted, "fitted on", "none"), (judged, "not seen by the fit", "C0")):
             places = [((r.peak_gib, r.step_s)[which], r.predict(found)[which]) for r in half]
             axes.scatter(*zip(*places, strict=True), label=label, facecolors=face, edgecolors="C0")
         axes.set(xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}")
-    axes.legend(frameon=False)
+    panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -14,7 +14,7 @@ from lensmith.config.tree import RunConfig
 from lensmith.plan.activations import Pass
 from lensmith.plan.cards import CONTEXT_GIB, find_card, match_card, usable_gib
 from lensmith.plan.coefficients import Coefficients
-from lensmith.plan.facts import SIZES, Experts, ModelFacts, TowerFacts
+from lensmith.plan.facts import SIZES, Experts, ModelFacts, TowerFacts, read_facts
 from lensmith.plan.memory import CONTEXT, GIB, MemoryPlan, plan_memory
 from lensmith.plan.weights import optimizer_bytes, scratch_bytes, trainable, training_parts, weight_parts
 from lensmith.plan.work import Rollout, Work
@@ -98,7 +98,9 @@ def test_adapters_are_fp32_with_rank_times_inputs_and_outputs():
     sums = (16 + 16) + 2 * (16 + 8) + (16 + 16) + 2 * (16 + 32) + (32 + 16)
     config = settings("tune.rank=3", "optim.name=adamw")
     assert trainable(MODEL, config).adapters == 4 * 3 * sums
-    assert training_parts(MODEL, config) == {"adapters fp32": 4 * 4 * 3 * sums, "optimizer": 2 * 4 * 4 * 3 * sums}
+    numbers = 4 * 3 * sums
+    copies = {"adapter copies bf16": 2 * numbers}
+    assert training_parts(MODEL, config) == {"adapters fp32": 4 * numbers, "optimizer": 8 * numbers, **copies}
     attention = (16 + 16) + 2 * (16 + 8) + (16 + 16)
     assert trainable(MODEL, settings("tune.rank=3", "tune.mlp=false")).adapters == 4 * 3 * attention
     blocks = 3 * 2 * ((8 + 24) + (8 + 8) + (8 + 20) + (20 + 8))
@@ -111,7 +113,7 @@ def test_full_training_trains_decoder_embedding_and_head_in_the_type_of_the_mode
     weights = 4 * LAYER + 16 + 2 * 1600
     assert (trainable(MODEL, config).weights, trainable(MODEL, config).adapters) == (weights, 0)
     assert optimizer_bytes(MODEL, config) == 2 * weights * (1 + 4 / 256)
-    assert optimizer_bytes(MODEL, settings("tune.method=full", "optim.name=adamw")) == 2 * 2 * weights
+    assert optimizer_bytes(MODEL, settings("tune.method=full", "optim.name=adamw")) == 2 * 4 * weights
     assert optimizer_bytes(MODEL, settings("tune.method=full", "optim.name=paged_adamw_8bit")) == 0
 
 
@@ -253,6 +255,12 @@ def test_a_mixture_of_experts_keeps_its_experts_in_16_bits_and_says_so():
     parts = weight_parts(model, settings("tune.method=qlora"))
     assert parts["decoder nf4"] == pytest.approx(4 * (linears * (0.5 + 1 / 64 + 1 / 4096) + 2 * rest) + 2 * 16)
     assert "mixture of experts, which Lensmith plans and does not train yet" in plan(model=model).notes[0]
+
+
+def test_a_checkpoint_stored_in_4_bits_is_said_to_be():
+    facts = read_facts("unsloth/Qwen3-VL-8B-Instruct-bnb-4bit")
+    assert "is stored in 4 bits already" in plan(model=facts).notes[0]
+    assert plan("tune.method=qlora", model=facts).notes == ()
 
 
 def test_usable_memory_is_the_card_less_3_percent_and_0_6_gib():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,8 @@ class ModelFacts:
     vocabulary: int = VOCABULARY
     head_width: int = HEAD_WIDTH
     experts: Experts | None = None
+    four_bits: bool = False
+    """Whether the checkpoint is stored in 4 bits already, whatever the method."""
 
     @property
     def query_width(self) -> int:
@@ -220,7 +222,7 @@ def read_facts(model: str) -> ModelFacts:
     if (folder := Path(model).expanduser()).is_dir():
         return _from_folder(folder, model)
     if found := _SIZE.search(model):
-        return SIZES[found[1].upper()]
+        return replace(SIZES[found[1].upper()], four_bits="bnb-4bit" in model)
     raise ModelError(
         f"model={model}: no folder of that name, and no size in it that Qwen3-VL has ({', '.join(SIZES)}). "
         "Give one of these, a hub name such as Qwen/Qwen3-VL-8B-Instruct, or a folder with a config.json."
@@ -271,4 +273,5 @@ def facts_from_config(config: dict[str, Any], name: str) -> ModelFacts:
         vocabulary=text["vocab_size"],
         head_width=text.get("head_dim") or text["hidden_size"] // heads,
         experts=experts,
+        four_bits=bool(config.get("quantization_config", {}).get("load_in_4bit")),
     )

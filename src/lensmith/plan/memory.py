@@ -40,6 +40,11 @@ GIB = 2**30
 CONTEXT = "CUDA context"
 FRAGMENTATION = "fragmentation"
 
+UPDATED_TOGETHER = 2**24
+"""lensmith.train.rounded.PIECE: numbers of a weight that is trained itself which are updated together."""
+UPDATE_COPIES = 6
+"""Of such a piece in fp32: weight, gradient, step, noise, and the sum of two before and after rounding."""
+
 Parts = dict[str, float]
 
 
@@ -152,18 +157,20 @@ def _gradients(one: Pass, gpus: int) -> tuple[Parts, Parts, Parts]:
     adapters = train.adapters * ADAPTER_BYTES / gpus
     language = states_of(config.tune)["language"] == "trained"
     head = facts.embedding * wide if language else 0
+    updating = UPDATE_COPIES * FP32 * min(UPDATED_TOGETHER, train.largest)
     if config.optim.in_backward:
         waiting = head if facts.tied else 0
-        weights = train.largest * wide
-        early, late = adapters + waiting, adapters + waiting + weights
-        early = max(early, adapters + weights)
-    else:
-        late = adapters + train.weights * wide / gpus
-        early = late if one.work.packs_per_step > 1 else head
-        late += head if facts.tied else 0  # the embedding's own, until it is added to the head's
-    stepping = {"gradients": late}
-    if optimizer_name(facts, config) == "adafactor":
-        stepping["optimizer's steps"] = 2 * FP32 * train.largest  # the update and its square, in fp32
+        late = adapters + waiting + train.largest * wide
+        early = adapters + train.largest * wide
+        both = [{"gradients": size, "optimizer's steps": updating} for size in (early, late)]
+        return both[0], both[1], {}
+    late = adapters + train.weights * wide / gpus
+    early = late if one.work.packs_per_step > 1 else head
+    late += head if facts.tied else 0  # the embedding's own, until it is added to the head's
+    # Adafactor makes an update and its square of a whole weight, in fp32.
+    factored = optimizer_name(facts, config) == "adafactor"
+    steps = 2 * FP32 * train.largest if factored else updating
+    stepping = {"gradients": late, "optimizer's steps": steps}
     return {"gradients": early}, {"gradients": late}, stepping
 
 
@@ -197,6 +204,11 @@ def _notes(facts: ModelFacts, config: RunConfig, gpus: int) -> tuple[str, ...]:
         notes.append(
             f"{facts.name} is a mixture of experts, which Lensmith plans and does not train yet; its experts stay in 16 bits, "
             "because bitsandbytes quantises linears only."
+        )
+    if facts.four_bits and config.tune.method != "qlora":
+        notes.append(
+            f"{config.model} is stored in 4 bits already, and these are the figures for 16: plan with tune.method=qlora, "
+            "which such a checkpoint amounts to."
         )
     if gpus > 1:
         notes.append(

@@ -180,6 +180,8 @@ def _written(settings: Settings, between: str = "\n") -> str:
 
 def measured_sentence(plan: Plan, *, peak_gib: float, step_s: float) -> str:
     """Predicted beside measured, for `--measure`."""
+    if not peak_gib:
+        return f"Measured on a CPU: {step_s:.2f} s for the pack; there is no GPU memory to compare."
     predicted = plan.memory.peak_gib
     return (
         f"Measured: {peak_gib:.2f} GiB reserved where {predicted:.2f} were predicted ({predicted / peak_gib - 1:+.1%}), "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lensmith.config.tree import RunConfig
 from lensmith.model.components import states_of
 from lensmith.plan.facts import TINY, ModelFacts, Shape
+from lensmith.types import Component
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """4 bits; a byte of scale per block of 64; an fp32 scale per 256 of those (double quantisation, arXiv:2305.14314)."""
@@ -17,6 +18,8 @@ BLOCKWISE_8BIT_BYTES = 1 + 4 / 256
 """A byte, and an fp32 scale per block of 256 (arXiv:2110.02861): 8-bit heads and 8-bit optimizer states."""
 ADAPTER_BYTES = 4
 """Adapters and their gradients are fp32, see lensmith.model.adapters."""
+STATE_BYTES = 4
+"""Of one AdamW state that is not in 8 bits, whatever the weight's own type."""
 WIDE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Of a weight or an activation, by RunConfig.precision; a GPU that is planned for has 16-bit types."""
 PLACES = 2
@@ -108,24 +111,23 @@ def trainable(facts: ModelFacts, config: RunConfig) -> Trainable:
     """What `tune` makes trainable, as lensmith.model.adapters does it."""
     states, tune, tower = states_of(config.tune), config.tune, facts.tower
     chosen = (facts.attention_linears if tune.attention else ()) + (facts.mlp_linears if tune.mlp else ())
-    parts: dict[str, tuple[tuple[Shape, ...], int]] = {
+    parts: dict[Component, tuple[tuple[Shape, ...], int]] = {
         "language": (chosen, facts.layers),
         "vision": (tower.block_linears, tower.depth),
         "merger": (tower.merger_linears, tower.levels + 1),
     }
-    adapters = weights = factors = 0
+    adapters = factors = 0
     for component, (linears, repeats) in parts.items():
-        sums = repeats * sum(inputs + outputs for inputs, outputs in linears)
-        if states[component] == "adapted":  # pyright: ignore[reportArgumentType]
+        state, sums = states[component], repeats * sum(inputs + outputs for inputs, outputs in linears)
+        if state == "adapted":
             adapters += tune.rank * sums
             factors += sums + 2 * repeats * len(linears) * tune.rank
-        elif states[component] == "trained":  # pyright: ignore[reportArgumentType]
+        elif state == "trained":
             factors += sums
-    own = _own_weights(facts, config)
-    weights = sum(own.values())
     if states["language"] == "trained":
         factors += (1 if facts.tied else 2) * (facts.vocabulary + facts.width)
-    return Trainable(adapters, weights, _largest(facts, own), factors)
+    own = _own_weights(facts, config)
+    return Trainable(adapters, sum(own.values()), _largest(facts, own), factors)
 
 
 def _own_weights(facts: ModelFacts, config: RunConfig) -> dict[str, int]:
@@ -155,10 +157,10 @@ def _largest(facts: ModelFacts, own: dict[str, int]) -> int:
 
 
 def optimizer_bytes(facts: ModelFacts, config: RunConfig) -> float:
-    """States that stay on the GPU. AdamW keeps two numbers per weight in its type; paged ones live in host memory."""
-    train, wide = trainable(facts, config), value_bytes(config)
+    """States that stay on the GPU. AdamW keeps two numbers per weight; paged ones live in host memory."""
+    train = trainable(facts, config)
     return {
-        "adamw": 2 * (train.adapters * ADAPTER_BYTES + train.weights * wide),
+        "adamw": 2 * (train.adapters + train.weights) * STATE_BYTES,
         "adamw_8bit": 2 * (train.adapters + train.weights) * BLOCKWISE_8BIT_BYTES,
         "paged_adamw_8bit": 0,
         "adafactor": 4 * train.factors,
@@ -167,8 +169,11 @@ def optimizer_bytes(facts: ModelFacts, config: RunConfig) -> float:
 
 def training_parts(facts: ModelFacts, config: RunConfig, gpus: int = 1) -> dict[str, float]:
     """Adapters and optimizer states on one GPU; gradients come and go, see lensmith.plan.memory."""
+    adapters, wide = trainable(facts, config).adapters, value_bytes(config)
+    copied = wide < ADAPTER_BYTES  # in the model's type, made once per pass
     return {
-        "adapters fp32": trainable(facts, config).adapters * ADAPTER_BYTES / gpus,
+        "adapters fp32": adapters * ADAPTER_BYTES / gpus,
+        f"adapter copies {wide_name(config)}": adapters * wide if copied else 0,
         "optimizer": optimizer_bytes(facts, config) / gpus,
     }
 
@@ -191,6 +196,8 @@ def host_parts(facts: ModelFacts, config: RunConfig) -> dict[str, float]:
         parts["tower"] = (facts.tower.depth * facts.tower.block + facts.tower.mergers) * wide
     if memory.stream_layers:
         parts["decoder layers"] = min(memory.stream_layers, facts.layers) * layer_bytes(facts, config)
+    if memory.vision_cache_gib and memory.vision_cache_dir is None:
+        parts["picture features"] = memory.vision_cache_gib * 2**30
     if optimizer_name(facts, config) == "paged_adamw_8bit":
         train = trainable(facts, config)
         parts["optimizer"] = 2 * (train.adapters + train.weights) * BLOCKWISE_8BIT_BYTES
