@@ -118,8 +118,9 @@ class LocalRoot:
 
 
 def open_ref(ref: ImageRef) -> BinaryIO:
-    """The file that a picture, or the document it is a page of, is stored in; seekable, wherever it lies; on this machine unbuffered, because
-    of most files little is read.
+    """The file that a picture, or the document it is a page of, is stored in; seekable, wherever it lies.
+
+    On this machine it is unbuffered, because little is read of most.
 
     Raises:
         FileNotFoundError: a file of this machine is gone.
