@@ -27,7 +27,31 @@ FULL = [
     "memory.offload=inputs",
     "memory.tower=host",
 ]
+EIGHT_BIT = ["optim.name=adamw_8bit"]
 IMAGE_TOKENS, LEARNED_SHARE = 700, 0.08
+
+
+def ladder() -> list[dict[str, Any]]:
+    """8B: each technique on top of the last, then what could stand in for one of them."""
+    steps = [
+        "memory.recompute=none",
+        "memory.recompute=layers",
+        "memory.offload=inputs",
+        "memory.embedding=host",
+        "memory.tower=host",
+        "memory.head=host",
+        "memory.stream_layers=36",
+    ]
+    rungs = [steps[0:1]] + [steps[1 : count + 1] for count in range(1, len(steps))]
+    rungs += [[*steps[1:5], "memory.head_bits=8"], [*steps[1:5], "memory.head_bits=4"]]
+    full = ["tune.method=full", "memory.offload=inputs", "memory.tower=host"]
+    inside = [*full, "optim.in_backward=true", "optim.max_grad_norm=null"]
+    work = {"size": "8b", "image_tokens": 697, "learned": 488, "samples": 8, "tokens": 6144, "images": 8}
+    half = {"size": "8b", "image_tokens": 700, "learned": 328, "samples": 4, "tokens": 4096, "images": 4}
+    return [
+        *({**work, "settings": ["tune.method=qlora", *rung]} for rung in rungs),
+        *({**half, "settings": settings} for settings in (full, inside, [*inside, "optim.name=paged_adamw_8bit"])),
+    ]
 
 
 def list_cases(size: str) -> list[dict[str, Any]]:
@@ -83,7 +107,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     device = torch.device("cuda")
     names = ("tokens", "images", "image_tokens", "learned", "samples")
-    config = read_config(None, [f"model={folder}", "data.train=none.jsonl", "optim.name=adamw_8bit", *case["settings"]])
+    config = read_config(None, [f"model={folder}", "data.train=none.jsonl", *EIGHT_BIT, *case["settings"]])
 
     def make(loaded: Any) -> Any:
         return make_pack(
@@ -113,6 +137,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["2b", "4b", "8b"])
     parser.add_argument("--only", default="", help="cases whose settings contain this")
     parser.add_argument("--skip", type=int, default=0, help="cases of the first size, where a run was cut short")
+    parser.add_argument(
+        "--ladder", action="store_true", help="instead of the grid: technique by technique, for docs/memory.md"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/grid"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit")
@@ -122,18 +149,25 @@ def main() -> None:
 
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as training does
     results = []
-    for size in options.sizes:
+    if options.ladder:
+        folder = write_shell(options.kit, "8b", options.work / "8b")
+        for case in ladder():
+            results.append(measure(case, folder))
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    for size in [] if options.ladder else options.sizes:
         folder = write_shell(options.kit, size, options.work / size)
         for case in list_cases(size)[options.skip if size == options.sizes[0] else 0 :]:
             if options.only in " ".join(case["settings"]):
                 results.append(measure(case, folder))
                 print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     record = make_record(
-        "memory-grid",
-        "Peak reserved memory and seconds per optimizer step over a grid of settings",
+        "memory-ladder" if options.ladder else "memory-grid",
+        "Peak reserved memory and seconds per optimizer step, "
+        + ("each technique on top of the last" if options.ladder else "over a grid of settings"),
         len(results),
         "cases",
-        command=f"python benchmarks/memory_grid.py KIT --sizes {' '.join(options.sizes)} --out grid.json",
+        command="python benchmarks/memory_grid.py KIT --out out.json "
+        + ("--ladder" if options.ladder else f"--sizes {' '.join(options.sizes)}"),
         commit=options.commit,
         cases=results,
     )

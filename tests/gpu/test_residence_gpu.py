@@ -59,11 +59,12 @@ def test_what_comes_and_goes_computes_what_stays(wide_config, samples, name):  #
 @pytest.mark.parametrize("states", ["fp32", "8bit", "paged_8bit"])
 def test_a_step_inside_the_backward_pass_is_the_step_after_it(wide_config, samples, states):  # noqa: F811
     pack = laid_end_to_end(Engine(wide_config), samples).pin_memory()
-    ends = []
+    ends, start = [], None
     for in_backward in (False, True):
         torch.manual_seed(0)
         model = Engine(wide_config).to(GPU, torch.bfloat16).train()
         model.recompute = "layers"
+        start = start or {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         optimizer = RoundedAdamW(groups, lr=1e-3, states=states, rounding="nearest", in_backward=in_backward)
         for _ in range(3):
@@ -71,8 +72,10 @@ def test_a_step_inside_the_backward_pass_is_the_step_after_it(wide_config, sampl
             optimizer.step()
             optimizer.zero_grad()
         ends.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
-    # Gradients add up in no fixed order on a GPU, and where one is near zero AdamW turns its noise into a whole step.
-    assert relative(ends[1], ends[0]) < 5e-3
+    after, inside = ends
+    # Gradients add up in no fixed order on a GPU, and where one is near zero AdamW turns that noise into a whole step, and
+    # 8 bits into a coarser one. A weight updated too early or twice would differ by as much as it moved.
+    assert relative(inside, after) < 0.25 * relative(after, start)
 
 
 def test_adapters_beside_four_bits_are_the_modules_of_peft(samples, wide_config):  # noqa: F811

@@ -141,7 +141,7 @@ def test_a_precision_that_is_not_there_is_answered(setting, capability, sentence
 
 
 def test_training_own_weights_in_bf16_is_warned_of(checkpoint):
-    settings = {"precision": "bf16", "tune": {"merger": "trained"}}
+    settings = {"precision": "bf16", "tune": {"merger": "trained"}, "optim": {"rounding": "nearest"}}
     sentences = load_model(config_for(checkpoint, **settings), device=CPU).sentences
     assert any(
         s.startswith("Warning: merger trains its own weights in bf16") and "tune.merger=adapted" in s for s in sentences

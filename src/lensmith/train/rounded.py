@@ -93,9 +93,9 @@ class RoundedAdamW(torch.optim.Optimizer):
         values, grad = parameter.data.view(-1), parameter.grad.reshape(-1)
         for start in range(0, len(values), PIECE):
             piece = slice(start, start + PIECE)
-            wide = values[piece].float()
+            wide = values[piece].to(torch.promote_types(parameter.dtype, torch.float32))
             update = _update_8bit if "absmax1" in state else _update_fp32
-            update(wide, grad[piece].float(), state, piece, group)
+            update(wide, grad[piece].to(wide.dtype), state, piece, group)
             values[piece] = self._rounded(wide, parameter.dtype)
 
     def _begin(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
