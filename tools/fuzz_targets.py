@@ -82,6 +82,21 @@ TABLES: tuple[dict[str, Any], ...] = (
     {"image": "a.png; sub/b.jpg", "question": "?", "answer": True},
     {"image": None, "question": "2 + 2?", "answer": 4.0},
 )
+DETECTIONS: tuple[dict[str, Any], ...] = (
+    {
+        "images": [{"id": 1, "file_name": "a.png", "height": 16, "width": 24}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "iscrowd": 0}],
+        "categories": [{"id": 7, "name": "cat"}],
+    },
+    {
+        "version": "5.0",
+        "shapes": [{"label": "cat", "points": [[1, 2], [3, 4]], "shape_type": "rectangle"}],
+        "imagePath": "a.png",
+        "imageHeight": 16,
+        "imageWidth": 24,
+    },
+)
+"""COCO and LabelMe."""
 JSON_WORDS = (
     b"\\ud800", b"\\u0000", b"\\uDC00", b"null", b"NaN", b"1e999", b'"<image>"', b"<image>", b"<think>", b"</think>",
     b'"role"',
@@ -366,7 +381,9 @@ def file_target(name: str, inputs: Iterable[bytes], words: tuple[bytes, ...]) ->
 
 TARGETS: tuple[Target, ...] = (
     file_target("jsonl", (lines((row, row)) for row in ROWS), JSON_WORDS),
-    file_target("json", (json.dumps([row, row]).encode() for row in ROWS), JSON_WORDS),
+    file_target(
+        "json", (json.dumps(rows).encode() for rows in (*([row, row] for row in ROWS), *DETECTIONS)), JSON_WORDS
+    ),
     file_target("csv", TABLE_TEXTS, TABLE_WORDS),
     file_target("tsv", (table("\t"),), TABLE_WORDS),
     Target("cell", read_cell, CELLS, JSON_WORDS),

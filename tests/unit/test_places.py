@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import subprocess
 import sys
 import threading
 from urllib.parse import unquote, urlsplit
@@ -134,6 +135,13 @@ def test_folders_and_missing_files_have_sentences(bucket):
     bucket.pipe_file("gs://mine/rows.xlsx", b"x")
     with pytest.raises(DataError, match=r"is a \.xlsx file; Lensmith reads"):
         read_samples("gs://mine/rows.xlsx")
+
+
+def test_no_network_is_told_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    program = "from lensmith.data.source import read_samples\nread_samples('hf://datasets/owner/name/rows.jsonl')"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stderr
+    assert "DataError: hf://datasets/owner/name/rows.jsonl: cannot be fetched" in told
 
 
 def test_missing_library_names_the_extra(monkeypatch):

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from lensmith.data.fetch import MAX_BYTES, fetch_image
 from lensmith.data.remote import open_remote
 from lensmith.errors import RowError
-from lensmith.types import ImageRef
+from lensmith.types import ImageRef, counted
 
 KNOWN_FOLDERS = 65_536
 """Folders remembered per process as inside the root; past it the store is emptied."""
@@ -32,6 +32,8 @@ IN_ARCHIVE = re.compile(
 HUB_SNAPSHOT = re.compile(r"(?P<repository>.+)/snapshots/[0-9a-f]{40}(/.*)?")
 """How the Hugging Face cache lays out a repository: snapshots of links into one folder of blobs."""
 OPEN_ARCHIVES = 8
+ZIP_FAULTS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What Python raises on broken archives; RuntimeError is said of encrypted ones, and of versions that it does not know."""
 WEB = ("http://", "https://")
 
 
@@ -142,12 +144,12 @@ def check_member(archive: Path, member: str, where: str) -> None:
         raise RowError(where, "unreadable_image", sentence)
     try:
         opened = _open_archive(archive)
-    except (OSError, zipfile.BadZipFile) as cause:
+    except ZIP_FAULTS as cause:
         raise RowError(
             where, "unreadable_image", f"{archive} cannot be read as .zip ({cause}); pack it again."
         ) from cause
     if member not in opened.NameToInfo:
-        sentence = f"{archive} holds {len(opened.NameToInfo):,} members, and none called {member}; mend the path."
+        sentence = f"{archive} holds {counted(len(opened.NameToInfo), 'member')}, and none called {member}; mend the path."
         raise RowError(where, "missing_file", sentence)
 
 
@@ -166,16 +168,7 @@ def read_member(archive: Path, member: str) -> bytes:
         raise RowError(where, "decompression_bomb", sentence)
     try:
         return opened.read(member)  # at most file_size bytes, whatever the compressed data unfolds to
-    # RuntimeError: it is encrypted; NotImplementedError: a compression that Python does not know.
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-    ) as cause:
+    except ZIP_FAULTS as cause:
         raise RowError(where, "unreadable_image", f"cannot be unpacked ({cause}); pack it again.") from cause
 
 

@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 SCHEMES = ("hf://", "s3://", "gs://")
-FAULTS = ("botocore.exceptions:BotoCoreError", "aiohttp:ClientError", "google.auth.exceptions:GoogleAuthError")
-"""What the libraries behind s3:// and gs:// raise besides OSError and ValueError, where they are installed."""
+FAULTS = (
+    "botocore.exceptions:BotoCoreError",
+    "aiohttp:ClientError",
+    "google.auth.exceptions:GoogleAuthError",
+    "httpx:HTTPError",
+    "httpx2:HTTPError",
+)
+"""What the libraries behind the three raise besides OSError and ValueError; huggingface_hub goes through either httpx."""
 
 
 def is_remote(address: str) -> bool:
