@@ -178,6 +178,7 @@ def test_what_was_not_used_for_longest_goes_first(model):
     assert store.get("digest-b", CPU) is None
     assert store.get("digest-a", CPU) is not None
     assert store.get("digest-c", CPU) is not None
+    assert store.sentence().endswith("1 had to make room. Raise memory.vision_cache_gib.")
 
 
 def test_a_picture_larger_than_the_budget_is_computed_each_time(model):

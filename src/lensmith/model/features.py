@@ -6,7 +6,7 @@ bit for bit the picture computed. (Computed again among other pictures it may di
 number of rows are rounded in another order.)
 
 Features are large, (deepstack levels + 1) x width x 2 bytes per token: 32 KiB for 8B, 20 for 4B, 16 for 2B, where the pixels
-are 12. docs/memory.md says when keeping them pays.
+are 12. Keeping them pays where a copy of that is quicker than the tower, and where a fair share of all pictures has room.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RamStore(FeatureStore):
         self._pinned = pinned
         self._held: OrderedDict[str, tuple[int, list[Tensor]]] = OrderedDict()
         self._free: list[Tensor] = []
-        self._taken_bytes = 0
+        self._taken_bytes = self._let_go = 0
 
     def put(self, digest: str, features: Kept) -> None:
         tokens = features.shape[1]
@@ -113,7 +113,10 @@ class RamStore(FeatureStore):
 
     def sentence(self) -> str:
         held = sum(page.nbytes for _, pages in self._held.values() for page in pages)
-        return f"Image features: {self._share_found()} in host memory, which holds {held / GIB:.2f} GiB of them."
+        told = f"Image features: {self._share_found()} in host memory, which holds {held / GIB:.3g} GiB of them"
+        return (
+            f"{told}; {self._let_go:,} had to make room. Raise memory.vision_cache_gib." if self._let_go else f"{told}."
+        )
 
     def _read(self, digest: str, device: torch.device) -> Kept | None:
         if digest not in self._held:
@@ -137,6 +140,7 @@ class RamStore(FeatureStore):
             elif self._held:
                 _, (_, pages) = self._held.popitem(last=False)
                 self._free += pages
+                self._let_go += 1
             else:
                 return False
         return True
