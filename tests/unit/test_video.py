@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lensmith.check.run import run_check
+from lensmith.config.read import read_config
 from lensmith.config.tree import Columns, Data, Images, Video
 from lensmith.data import frames as frames_module
 from lensmith.data.encode import Encoder
@@ -460,3 +462,14 @@ def test_a_saved_processor_takes_the_frames_that_training_took(processor):
     write_video_policy(saved, limits)
     assert saved.video_processor.size["longest_edge"] == 640 * 2 * 32 * 32
     assert read_video_limits(saved, Video(fps=1, max_frames=16, max_tokens=640)) == limits
+
+
+def test_rows_are_compared_by_their_videos(folder):
+    told = [("a.mp4", "cat"), ("b.mp4", "dog"), ("a.mp4", "dog"), ("b.mp4", "dog")]
+    rows = [{"video": name, "question": "What is it?", "answer": answer} for name, answer in told]
+    (folder / "pets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run_check(read_config(None, ["data.workers=0"], data=str(folder / "pets.jsonl"))).report
+    where = {finding.code: finding.where for finding in report.findings}
+    assert where["duplicate_row"] == ("pets.jsonl:4",), "the same video, question and answer as line 2"
+    assert "conflicting_answer" in where, "lines 1 and 3 disagree about a.mp4"
+    assert (report.rows, report.ok) == (4, 4)

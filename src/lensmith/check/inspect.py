@@ -158,7 +158,8 @@ class Inspector:
         self.measurer.add(row, sample, fitted, part.chunk)
         if fitted.encoded is None:
             return [("too_long", self.measurer.excess(fitted.original))]
-        keys = row_keys(sample, [looks[ref].content for ref in sample.images])
+        videos = [digest(video.key.encode("utf-8", "surrogatepass")) for video in sample.videos]
+        keys = row_keys(sample, [*(looks[ref].content for ref in sample.images), *videos])
         part.add(rows=row, characters=len(sample.answer), **keys._asdict())
         for image in fitted.encoded.images:
             _add_picture(row, image, looks.get(image.ref) if isinstance(image.ref, ImageRef) else None, part)
