@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PAGE_DPI = 144
 """Twice the points of PDF, so that sizes are whole for whole points; ten-point type is 20 px high."""
-SCALE = PAGE_DPI / 72
+SCALE = PAGE_DPI // 72
 MAX_PAGES = 100
 """Most pages that one entry of a row may stand for."""
 MAX_DOCUMENT_PAGES = 10_000
