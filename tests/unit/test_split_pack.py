@@ -124,7 +124,9 @@ def test_the_halves_have_the_loss_and_the_gradient_of_the_whole(build_tiny):
         losses = [-model(pack=part).sum() for part in packs]
         for loss in losses:
             loss.backward()
-        return sum(losses).detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return torch.stack(losses).sum().detach(), {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
 
     loss, whole = gradients(pack)
     halved_loss, halved = gradients(*split(pack))
