@@ -19,7 +19,7 @@ from lensmith.check.keys import digest, row_keys
 from lensmith.check.pictures import Look, look_at
 from lensmith.check.texts import SCRIPTS, count_scripts, ends_in_loop, media_tokens
 from lensmith.data.box_evidence import BoxTally, audit_boxes
-from lensmith.data.measure import Chunk, Fitted, Measurer
+from lensmith.data.measure import Chunk, Measurer
 from lensmith.data.refs import NOT_THERE
 from lensmith.errors import RowError
 from lensmith.types import ImageRef, counted
@@ -157,7 +157,7 @@ class Inspector:
             return [*boxes.faults]
         self.measurer.add(row, sample, fitted, part.chunk)
         if fitted.encoded is None:
-            return [("too_long", self.measurer.excess(fitted.original))]
+            return [("too_long", f"{self.measurer.excess(fitted.original)} It is left out, as data.on_long=drop says.")]
         videos = [digest(video.key.encode("utf-8", "surrogatepass")) for video in sample.videos]
         keys = row_keys(sample, [*(looks[ref].content for ref in sample.images), *videos])
         part.add(rows=row, characters=len(sample.answer), **keys._asdict())
@@ -165,23 +165,18 @@ class Inspector:
             _add_picture(row, image, looks.get(image.ref) if isinstance(image.ref, ImageRef) else None, part)
         if fitted.cap is None:
             return []
-        reduced = f"its images are reduced until it has {fitted.encoded.num_tokens:,}, as data.on_long=shrink says."
-        return [("too_long", f"{_needs(fitted)}; {reduced}")]
+        reduced = f"Its images are reduced until it has {fitted.encoded.num_tokens:,}, as data.on_long=shrink says."
+        return [("too_long", f"{self.measurer.excess(fitted.original)} {reduced}")]
 
 
 def _add_picture(row: int, image: ImageSize, look: Look | None, part: Part) -> None:
     """Add the numbers of one picture of a row; of frames of a video, which have no look, only the sizes."""
     bits, colour = (look and look.impression) or (0, NO_IMPRESSION)
     (height, width), (seen_height, seen_width) = image.original_px, image.seen_px
-    content = look.content if look else digest(image.ref.key.encode())
+    content = look.content if look else digest(image.ref.key.encode("utf-8", "surrogatepass"))
     part.add(picture_rows=row, contents=content, looks=bits, colours=colour)
     part.add(heights=height, widths=width, seen_heights=seen_height, seen_widths=seen_width)
     part.formats[look.header.format if look and look.header else "video"] += 1
-
-
-def _needs(fitted: Fitted) -> str:
-    image_tokens = sum(image.tokens for image in fitted.original.images)
-    return f"needs {fitted.original.num_tokens:,} tokens, {image_tokens:,} of them for images"
 
 
 def _odd_pictures(looks: Mapping[ImageRef, Look]) -> Iterator[Note]:
