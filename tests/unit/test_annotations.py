@@ -80,7 +80,7 @@ def test_coco_file_gives_a_row_per_picture(tmp_path, indent):
     (sentence,) = rows.sentences
     assert sentence.startswith(
         "instances.json: COCO annotations of 2 pictures; 3 annotations; 1 crowd, by its box; 1 of no listed picture, left "
-        "out; 1 picture without any, which answers []; segmentations are not used; boxes are xywh_px. Each is asked: Locate"
+        "out; 1 picture without any, which answers []; segmentations are not used. Each is asked: Locate"
     )
     assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
 
@@ -116,6 +116,15 @@ def test_coco_annotation_that_cannot_be_used_spoils_its_picture_alone(tmp_path):
     [
         (json.dumps(COCO)[:-30], r"begins like COCO annotations but is not whole JSON .* cut off: write it again"),
         (json.dumps(COCO | {"images": []}), r'0 entries under "images"'),
+        (
+            json.dumps(COCO | {"images": [*COCO["images"], {"id": 7, "file_name": "c.png"}]}),
+            r"the id 7, b\.png and c\.png,",
+        ),
+        (
+            json.dumps(COCO | {"images": [{"id": "x", "file_name": "c.png"}]}),
+            r"image 0 .* \(c\.png\) has no whole number",
+        ),
+        (json.dumps(COCO | {"annotations": COCO["annotations"][2:]}), r"none of the 1 annotations has .* such as 12"),
     ],
 )
 def test_damaged_coco_file_says_so(tmp_path, content, sentence):
@@ -129,9 +138,15 @@ def test_coco_file_without_any_annotation_answers_nothing_everywhere(tmp_path, i
     assert answers(open_rows(write_coco(tmp_path / "instances.json", indent, annotations=[]))) == [[], []]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_rows_that_begin_like_coco_are_rows(tmp_path, count):
-    row = {"images": ["a.png"], "messages": [{"role": "user", "content": "?"}], "annotations": "none"}
+@pytest.mark.parametrize(
+    ("row", "count"),
+    [
+        ({"images": ["a.png"], "messages": [{"role": "user", "content": "?"}], "annotations": "none"}, 1),
+        ({"images": ["a.png"], "annotations": ["a cat"]}, 3),
+        ({"version": 1, "shapes": [], "answer": "none"}, 3),
+    ],
+)
+def test_rows_that_begin_like_annotations_are_rows(tmp_path, row, count):
     (tmp_path / "rows.json").write_text(f"{json.dumps(row)}\n" * count)
     assert [read.where for read in open_rows(tmp_path / "rows.json")] == [f"rows.json:{n + 1}" for n in range(count)]
 
@@ -144,7 +159,9 @@ def test_coco_file_stays_as_arrays(tmp_path):
         {"id": n, "image_id": n % 2_000, "category_id": 1, "bbox": [1.5, 2, 3, 4], "segmentation": polygon}
         for n in range(20_000)
     ]
-    path = write_coco(tmp_path / "instances.json", images=images, annotations=boxes)
+    path = write_coco(
+        tmp_path / "instances.json", images=images, annotations=boxes, categories=[{"id": 1, "name": "cat"}]
+    )
     size = path.stat().st_size
     del images, boxes
     gc.collect()
@@ -331,3 +348,6 @@ def test_declaration_of_a_file_goes_before_that_of_the_config_and_that_before_th
         (Data(train=[Source(path=path, boxes=spoken)], boxes=corners), "[64, 48, 256, 192]"),
     ]:
         assert box in learned(data)[0]
+    assert read_samples(Data(train=path, boxes=corners)).sentences[-1] == (
+        "instances.json: boxes are read as corners in pixels and learned as corners from 0 to 1000."
+    )

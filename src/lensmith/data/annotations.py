@@ -13,6 +13,7 @@ picture without annotations answers `[]`: in these formats that means that nothi
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import yaml
 from lensmith.config.tree import Boxes
 from lensmith.data.box_text import is_coordinate
 from lensmith.data.boxes import ANNOTATED_PX
-from lensmith.data.coco import Coco, read_coco
+from lensmith.data.coco import Coco, is_lines, read_coco
 from lensmith.data.rows import DATA_SUFFIXES, Rows
 from lensmith.errors import DataError, RowError
 from lensmith.types import Row, counted
@@ -78,7 +79,7 @@ class AnnotatedRows(Rows):
     def _say(self, kind: str, *details: str) -> None:
         about = "; ".join(filter(None, (f"{kind} of {counted(len(self), 'picture')}", *details)))
         question = self.question if len(self.question) <= 160 else f"{self.question[:157]}..."
-        self.sentences = (f"{self.name}: {about}; boxes are {self.convention}. Each is asked: {question}",)
+        self.sentences = (f"{self.name}: {about}. Each is asked: {question}",)
 
     def _row(self, where: str, image: str, found: Iterable[tuple[str, Sequence[float]]], **others: Any) -> Row:
         """`found`: label and numbers of each annotation; two numbers are a point."""
@@ -348,8 +349,10 @@ def _open_labelme(folder: Path) -> LabelMeRows | None:
 
 
 def _is_labelme(path: Path) -> bool:
-    content = path.read_bytes()
-    return LABELME_START.match(content) is not None and b'"shapes"' in content
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return bool(LABELME_START.match(content)) and not is_lines(content) and content.find(b'"shapes"') >= 0
 
 
 def _coco_root(path: Path, name: str) -> Path:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lensmith.data.box_text import BoxSpan, find_boxes, read_image_index
 from lensmith.data.boxes import (
+    IN_WORDS,
     NO_SIDES,
     SLACK,
     SidesPx,
@@ -41,14 +42,6 @@ Fault = tuple[BoxCode, str]
 READINGS: tuple[BoxConvention, ...] = ("xyxy_1000", "xyxy_px", "xywh_px", "xyxy_unit", "cxcywh_unit")
 """Conventions that numbers are read in; `resized_px` cannot be told from pixels, so it has to be declared."""
 SHARES: tuple[BoxConvention, ...] = ("xyxy_unit", "cxcywh_unit")
-IN_WORDS: dict[BoxConvention, str] = {
-    "xyxy_1000": "corners from 0 to 1000",
-    "xyxy_px": "corners in pixels",
-    "xywh_px": "x, y, width, height in pixels",
-    "xyxy_unit": "corners from 0 to 1",
-    "cxcywh_unit": "centre and size from 0 to 1",
-    "resized_px": "corners in pixels of the resized picture",
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,14 @@ Numbers = tuple[float, ...]
 SidesPx = tuple[int, int]
 """Height and width in pixels."""
 
+IN_WORDS: dict[BoxConvention, str] = {
+    "xyxy_1000": "corners from 0 to 1000",
+    "xyxy_px": "corners in pixels",
+    "xywh_px": "x, y, width, height in pixels",
+    "xyxy_unit": "corners from 0 to 1",
+    "cxcywh_unit": "centre and size from 0 to 1",
+    "resized_px": "corners in pixels of the resized picture",
+}
 DECIMALS: dict[BoxConvention, int] = {
     "xyxy_1000": 0,
     "resized_px": 0,
@@ -153,6 +161,14 @@ def convert_messages(
         return messages
     pictures = count_videos_once(sizes)
     return tuple(_converted(message, sample, pictures, boxes) for message in messages)
+
+
+def describe_conversion(boxes: Boxes | None) -> tuple[str, ...]:
+    """What is done to boxes, as a clause to print; nothing where nothing is."""
+    if boxes is None or _is_spoken(boxes):
+        return ()
+    size = "" if boxes.size_px is None else f" of {boxes.size_px[1]:,} x {boxes.size_px[0]:,} px"
+    return (f"boxes are read as {IN_WORDS[boxes.convention]}{size} and learned as {IN_WORDS[boxes.target]}.",)
 
 
 def restore_answer(text: str, sample: Sample, sizes: Sequence[ImageSize]) -> str:

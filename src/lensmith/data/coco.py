@@ -1,7 +1,8 @@
 """COCO's JSON as arrays: read element by element, so that segmentations of any size are never all in memory.
 
-While a file is read, its text is in memory once; what stays is 44 bytes per annotation, and per picture its name and about
-30 bytes. Nothing of an element is trusted: what is not as it should be is a fault of that annotation.
+While a file is read, its text is in memory once (1.2 times its size measured with the arrays; where it holds characters
+beyond ASCII, Python needs two to three times its size). What stays is 44 bytes per annotation, and per picture its name and
+about 30 bytes. Nothing of an element is trusted: what is not as it should be is a fault of that annotation.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ class Annotation:
 class Coco:
     """The pictures of a COCO file in its order, each with its annotations in theirs."""
 
-    def __init__(self, builder: _Builder) -> None:
+    def __init__(self, path: Path, builder: _Builder) -> None:
+        """Raises DataError where annotations cannot be told to belong to one picture."""
         self.names = builder.names
         self.image_ids = np.array(builder.image_ids, np.int64)
         self._sizes_px = np.array(builder.sizes_px, np.int32).reshape(-1, 2)
         self.labels = list(builder.categories.values())
         numbers = {number: index for index, number in enumerate(builder.categories)}
-        images = {number: index for index, number in enumerate(builder.image_ids)}
+        images = _by_id(path, builder)
         owners = np.array([images.get(number, -1) for number in builder.owners], np.int64)
         order = np.argsort(owners, kind="stable")[int((owners < 0).sum()) :]
         self._ids: Int[np.ndarray, " annotations"] = np.array(builder.ids, np.int64)[order]
@@ -63,6 +65,11 @@ class Coco:
         self.crowds, self.segmentations = builder.crowds, builder.segmentations
         self.strays = len(owners) - len(order)
         """Annotations of pictures that the file does not list."""
+        if self.strays and not len(order):
+            raise DataError(
+                f"{path}: none of the {self.strays:,} annotations has an image_id that is among the images, such as "
+                f"{builder.image_ids[0]}; is this the file that belongs to them?"
+            )
 
     @property
     def num_annotations(self) -> int:
@@ -112,9 +119,10 @@ class _Builder:
             self.image_ids.append(number)
             self.sizes_px.extend(_side(entry.get(side)) for side in ("height", "width"))
         elif section == "categories":
-            self.categories[number] = str(entry.get("name", number))
+            if number != NO_NUMBER:  # else its annotations say that they have none
+                self.categories[number] = str(entry.get("name", number))
         elif section == "annotations":
-            self.ids.append(number)
+            self.ids.append(number if number != NO_NUMBER else len(self.ids))
             self.owners.append(_whole(entry.get("image_id")))
             self.kinds.append(_whole(entry.get("category_id")))
             self.boxes.extend(_box(entry.get("bbox")))
@@ -122,14 +130,29 @@ class _Builder:
             self.segmentations = self.segmentations or bool(entry.get("segmentation"))
 
 
+def _by_id(path: Path, builder: _Builder) -> dict[int, int]:
+    """Number of each picture by its id."""
+    images: dict[int, int] = {}
+    for index, (number, name) in enumerate(zip(builder.image_ids, builder.names, strict=True)):
+        if number == NO_NUMBER:
+            raise DataError(f"{path}: image {index} of the list ({name}) has no whole number as its id; give it one")
+        if number in images:
+            raise DataError(
+                f"{path}: two images have the id {number}, {builder.names[images[number]]} and {name}, so that their "
+                "annotations cannot be told apart; number them anew"
+            )
+        images[number] = index
+    return images
+
+
 def read_coco(path: Path) -> Coco | None:
     """The annotations of a COCO file; None where the file is something else.
 
     Raises:
-        DataError: it begins like one but is damaged, or lists no pictures.
+        DataError: it begins like one but is damaged, lists no pictures, or leaves open which annotations are theirs.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if not START.match(content[:HEAD_BYTES]) or _is_lines(content):
+        if not START.match(content[:HEAD_BYTES]) or is_lines(content):
             return None
         builder, found = _Builder(), set()
         try:
@@ -145,10 +168,10 @@ def read_coco(path: Path) -> Coco | None:
         return None
     if not builder.names:
         raise DataError(f'{path}: COCO annotations with 0 entries under "images"; is this the right file?')
-    return Coco(builder)
+    return Coco(path, builder)
 
 
-def _is_lines(content: mmap.mmap) -> bool:
+def is_lines(content: mmap.mmap) -> bool:
     """Whether the first line ends an object and more follow, as in JSON Lines."""
     end = content.find(b"\n")
     return content[max(0, end - 2) : end].rstrip().endswith(b"}") and BLACK.search(content, end) is not None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from lensmith.config.tree import Boxes, Data, Source
+from lensmith.data.boxes import describe_conversion
 from lensmith.data.headers import Header, read_header
 from lensmith.data.images import check_policy, open_image, size_image
 from lensmith.data.refs import RefReader
@@ -47,6 +48,14 @@ class DataFile:
     boxes: Boxes | None
     """How its boxes are written; None where nothing says so."""
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What was fetched, what was guessed of its columns, and what is done to its boxes."""
+        # An annotation format has no columns to guess; it says what was found itself.
+        guessed = () if self.rows.boxes is not None else (self.layout.sentence,)
+        converted = (f"{self.rows.name}: {clause}" for clause in describe_conversion(self.boxes))
+        return (*self.rows.sentences, *guessed, *converted)
+
 
 class Samples(Sequence[Sample]):
     """A lazy list of samples over one or more files; reading one may raise RowError, for that row alone."""
@@ -58,8 +67,8 @@ class Samples(Sequence[Sample]):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What was fetched, and what was guessed about each file, to print."""
-        return tuple(itertools.chain.from_iterable((*file.rows.sentences, file.layout.sentence) for file in self.files))
+        """What was fetched, what was guessed about each file, and what is done to its boxes, to print."""
+        return tuple(itertools.chain.from_iterable(file.sentences for file in self.files))
 
     @property
     def spans(self) -> list[tuple[range, float]]:
