@@ -77,3 +77,36 @@ def test_the_gradient_norm_is_known_also_when_gradients_are_gone():
     assert weight.grad is None
     assert float(optimizer.grad_norm()) == pytest.approx(5.0)
     assert optimizer.grad_norm() is None
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_a_state_loaded_again_goes_on_bit_for_bit(states):
+    """Types kept, new groups found, and the same random numbers drawn."""
+
+    def steps(weight, optimizer, numbers):
+        for number in numbers:
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)).bfloat16()
+            optimizer.step()
+
+    def start():
+        weight = nn.Parameter(torch.linspace(-1, 1, 8192).bfloat16())
+        return weight, RoundedAdamW([{"params": [weight]}], lr=1e-3, states=states, seed=7)
+
+    whole, optimizer = start()
+    steps(whole, optimizer, range(6))
+    first, optimizer = start()
+    steps(first, optimizer, range(3))
+    saved, (second, resumed) = optimizer.state_dict(), start()
+    second.data.copy_(first.data)
+    resumed.load_state_dict(saved)
+    steps(second, resumed, range(3, 6))
+    assert torch.equal(second, whole)
+
+
+def test_learning_rates_changed_after_loading_a_state_hold_inside_the_backward_pass():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = RoundedAdamW([{"params": [weight]}], lr=1.0, in_backward=True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    weight.sum().backward()
+    assert torch.equal(weight, torch.ones(4))

@@ -38,7 +38,7 @@ class Coefficients:
     """Share of the card's memory bandwidth."""
     pcie: float = 0.75
     """Share of the bus."""
-    layer_launch_ms: float = 0.35
+    layer_launch_ms: float = 1.0
     """The least time of one layer in one direction: some forty kernels have to be given to the GPU."""
 
 

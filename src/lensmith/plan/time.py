@@ -32,6 +32,16 @@ TERA, GIGA = 1e12, 1e9
 ATTENTION_BACKWARD = 2.5
 BACKWARD_LAUNCHES = 2
 """Kernels of a layer's backward pass, in those of its forward pass."""
+TOWER_LAUNCHES = 0.3
+"""Kernels of a block of the tower, in those of a decoder layer: no adapters, no few-bit weights."""
+FEW_BIT_LAUNCHES = 1.2
+"""Kernels of a layer whose seven linears are widened, in those of one in 16 bits."""
+ROUNDED_BYTES = 70
+"""Read and written per bf16 weight that trains: weight, gradient, two states, and their fp32 copies from step to step of
+lensmith.train.rounded."""
+LAUNCHES = "launching kernels"
+OVERLAP = 3
+"""Power of the mean of GPU and host: 1 would be one after the other, infinity the longer of the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +94,25 @@ class _Clock:
 
     def pack(self) -> dict[str, float]:
         """One pack, forward and backward."""
-        decoder = self._products() + self._attention() + self._elementwise() + self._widening()
-        launches = self.sizes.facts.layers * (1 + self._again + BACKWARD_LAUNCHES) * self.found.layer_launch_ms / 1e3
         parts = {
-            "decoder": max(decoder, launches),
+            "decoder": self._products() + self._attention() + self._elementwise() + self._widening(),
             "head": self._head(),
             "tower": self._tower(),
         }
-        return parts | self._copies(parts)
+        parts |= self._copies(parts)
+        return parts | {LAUNCHES: self._launches(sum(parts.values()))}
+
+    def _launches(self, busy: float) -> float:
+        """What the host adds to the GPU's own seconds by giving it kernels one at a time.
+
+        Neither side waits for the other all of the time, so the longer one counts most, and near a tie both do.
+        """
+        facts = self.sizes.facts
+        layers = facts.layers * (1 + self._again + BACKWARD_LAUNCHES)
+        layers *= FEW_BIT_LAUNCHES if self.sizes.config.tune.method in ("qlora", "lora_8bit") else 1
+        blocks = TOWER_LAUNCHES * facts.tower.depth if self.sizes.work.image_tokens else 0
+        host = (layers + blocks) * self.found.layer_launch_ms / 1e3
+        return (busy**OVERLAP + host**OVERLAP) ** (1 / OVERLAP) - busy
 
     # --- arithmetic ---------------------------------------------------------------------------------------------------
 
@@ -143,8 +164,8 @@ class _Clock:
         """Gradients, weights and states read and written once; paged states cross the bus both ways."""
         facts, config = self.sizes.facts, self.sizes.config
         train, wide = trainable(facts, config), value_bytes(config)
-        weights = train.adapters * ADAPTER_BYTES + train.weights * wide
-        seconds = self._move(3 * weights + 2 * optimizer_bytes(facts, config))
+        adapters = 3 * train.adapters * ADAPTER_BYTES + 2 * optimizer_bytes(facts, config) * (not train.weights)
+        seconds = self._move(adapters + train.weights * (ROUNDED_BYTES if wide == 2 else 7 * wide))
         if optimizer_name(facts, config) == "paged_adamw_8bit":
             seconds += self._cross(4 * (train.adapters + train.weights))
         return seconds

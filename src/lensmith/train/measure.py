@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lensmith.config.tree import RunConfig
+from lensmith.data.images import read_geometry
 from lensmith.data.positions import mrope_positions
 from lensmith.errors import ConfigError
 from lensmith.model.adapters import prepare_trainable
@@ -28,6 +29,7 @@ from lensmith.types import IGNORE, Pack, Segment, VisionGeometry
 
 if TYPE_CHECKING:
     from lensmith.model.stream import Shards
+    from lensmith.plan.work import Work
 
 GIB = 2**30
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
@@ -140,6 +142,27 @@ def measure_steps(
         loaded_gib=loaded_gib,
         step_s=statistics.median(seconds[WARM_UP_STEPS:]),
     )
+
+
+def measure_plan(config: RunConfig, work: Work) -> Measured:
+    """A few steps on a pack of the size that a plan was made for.
+
+    Raises ModelError and ConfigError as training does, and torch.OutOfMemoryError where the plan was wrong.
+    """
+
+    def make(loaded: Loaded) -> Pack:
+        return make_pack(
+            read_geometry(loaded.processor),
+            loaded.model.config,
+            tokens=work.tokens,
+            images=work.images,
+            image_tokens=work.image_tokens // max(1, work.images),
+            learned=work.learned,
+            samples=work.samples,
+            dtype=loaded.dtype,
+        )
+
+    return measure_steps(config, make)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, pack: Pack, config: RunConfig, gpu: bool) -> float:

@@ -168,6 +168,11 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
 
 def _check_single_packs(dataset: StepDataset, config: RunConfig) -> None:
     """Raise ConfigError where a step takes several packs: their gradients would have to be added up before the update."""
+    if world_size() > 1:
+        raise ConfigError(
+            f"optim.in_backward=true with {world_size()} processes: each would move its weights by its own gradients before "
+            "they are added up. Start one process, or set optim.in_backward=false."
+        )
     for step in range(len(dataset)):
         if (packs := len(dataset.members(step))) > 1:
             raise ConfigError(

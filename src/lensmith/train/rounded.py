@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -49,12 +50,16 @@ class RoundedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.states, self.rounding, self.in_backward = states, rounding, in_backward
-        self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
+        # By number, because loading a state, as accelerate does at once, makes new groups with the same parameters.
+        self._place = {
+            id(p): (number, index)
+            for number, group in enumerate(self.param_groups)
+            for index, p in enumerate(group["params"])
+        }
         self.square_norms: list[Tensor] = []
         """Of the gradients dropped since the last `step`; with in_backward only."""
         if in_backward:
-            self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
             myself: weakref.ref[RoundedAdamW] = weakref.ref(self)  # parameters must not keep their optimizer alive
             for parameter in (p for group in self.param_groups for p in group["params"]):
                 parameter.register_post_accumulate_grad_hook(functools.partial(_step_inside, myself))
@@ -63,7 +68,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         """Update one weight whose gradient is complete, and drop the gradient."""
         assert parameter.grad is not None, "autograd calls this when it has just added to it"
         self.square_norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
-        self._update(parameter, self._group_of[id(parameter)])  # pyright: ignore[reportArgumentType]
+        self._update(parameter, self.param_groups[self._place[id(parameter)][0]])  # pyright: ignore[reportArgumentType]
         parameter.grad = None
 
     def grad_norm(self) -> Tensor | None:
@@ -91,12 +96,13 @@ class RoundedAdamW(torch.optim.Optimizer):
         state["step"] += 1
         assert parameter.grad is not None, "checked by the callers"
         values, grad = parameter.data.view(-1), parameter.grad.reshape(-1)
+        generator = self._generator(parameter, state["step"])
         for start in range(0, len(values), PIECE):
             piece = slice(start, start + PIECE)
             wide = values[piece].to(torch.promote_types(parameter.dtype, torch.float32))
             update = _update_8bit if "absmax1" in state else _update_fp32
             update(wide, grad[piece].to(wide.dtype), state, piece, group)
-            values[piece] = self._rounded(wide, parameter.dtype)
+            values[piece] = self._rounded(wide, parameter, generator)
 
     def _begin(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         state["step"] = 0
@@ -116,12 +122,29 @@ class RoundedAdamW(torch.optim.Optimizer):
             state[f"state{number}"] = stored
             state[f"absmax{number}"] = torch.zeros(-(-size // BLOCK), device=device)
 
-    def _rounded(self, wide: Float[Tensor, " n"], dtype: torch.dtype) -> Tensor:
-        if dtype is not torch.bfloat16 or self.rounding == "nearest":
-            return wide.to(dtype)
-        if wide.device not in self._generators:
-            self._generators[wide.device] = torch.Generator(wide.device).manual_seed(self._seed)
-        return round_stochastically(wide, self._generators[wide.device])
+    def _rounded(self, wide: Float[Tensor, " n"], parameter: Tensor, generator: torch.Generator) -> Tensor:
+        if parameter.dtype is not torch.bfloat16 or self.rounding == "nearest":
+            return wide.to(parameter.dtype)
+        return round_stochastically(wide, generator)
+
+    def _generator(self, parameter: Tensor, step: int) -> torch.Generator:
+        """Of one weight in one step, so that a resumed run draws what the whole one would have drawn."""
+        entropy = [self._seed, step, *self._place[id(parameter)]]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
+        return torch.Generator(parameter.device).manual_seed(seed)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """States keep their own types; torch's own method would turn them into the weights' type."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, stored in state_dict["state"].items():
+            state = self.state[parameters[number]]
+            self._begin(parameters[number], state)
+            for name, value in stored.items():
+                if isinstance(value, Tensor):
+                    state[name].copy_(value)
+                else:
+                    state[name] = value
 
 
 def _step_inside(optimizer: weakref.ref[RoundedAdamW], parameter: Tensor) -> None:
