@@ -120,13 +120,15 @@ def check(
             "Set it in the file, or add data.train=rows.jsonl to the command."
         )
     from lensmith.check.fix import refuse_full_folder, write_clean
-    from lensmith.check.page import write_page
+    from lensmith.check.page import refuse_foreign_page, write_page
     from lensmith.check.run import run_check
     from lensmith.check.screen import check_screen
     from lensmith.train.progress import CountProgress
 
     if fix is not None:
         refuse_full_folder(fix)
+    if not no_html:
+        refuse_foreign_page(html)
     with CountProgress("reading") as read:
         checked = run_check(config, decode=not quick, say=_say, progress=read)
     report = checked.report

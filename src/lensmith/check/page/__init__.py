@@ -6,6 +6,7 @@ pictures and characters, and of each picture a set number of bytes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from lensmith.check.findings import CODES
 from lensmith.check.page.choice import Choice, Group, choose_rows
 from lensmith.check.page.numbers import write_numbers
 from lensmith.check.page.row import MARKS, PICTURES_PER_ROW, SENTENCE_CHARACTERS, write_row
+from lensmith.errors import ConfigError
 from lensmith.evals.markup import fill_template, list_facts, shorten, show
 from lensmith.types import counted
 
@@ -30,6 +32,8 @@ SHOWN_PLACES = 5
 SHOWN_FILES = 20
 UNITS = ((10**9, " G"), (10**6, " M"), (10**3, " k"))
 """For figures at a glance, from two digits on."""
+GENERATOR, GENERATOR_WITHIN = b'content="lensmith check"', 1000
+"""How a page of ours is known, and in how many of its first bytes."""
 HEADINGS: dict[Group, tuple[str, str]] = {
     "drawn": ("Drawn at random", "By the seed alone: what training reads most of the time."),
     "edges": ("At the edges", "The largest, the smallest, the most reduced and the longest answer."),
@@ -74,6 +78,18 @@ def write_page(
         "footer": show(_footer(report, len(choices), seed)),
     }
     path.write_text(fill_template("lensmith.check.page", "page.html", blanks), encoding="utf-8")
+
+
+def refuse_foreign_page(path: Path) -> None:
+    """Raise ConfigError where another file than an earlier page would be written over."""
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if GENERATOR in file.read(GENERATOR_WITHIN):
+            return
+    raise ConfigError(
+        f"{path}: is there already and is no page of `lensmith check`. Choose another file with --html, or none with --no-html."
+    )
 
 
 def _facts(report: CheckReport) -> dict[str, str]:
