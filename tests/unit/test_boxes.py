@@ -262,14 +262,20 @@ def test_verdict_says_what_is_assumed_and_how_sure_that_is():
 
     assert verdict([]) is None
     assert verdict([[10, 20, 30, 40]], [[600, 40, 900, 90]]) == (
-        "2 boxes in 2 rows; 2 fit 0 to 1000, and 1 of these nothing else, 1 would fit another convention too."
+        "2 boxes in 2 rows; 2 rows fit 0 to 1000, and 1 of these nothing else, 1 would fit another convention too."
     )
     assert verdict([[10, 20, 30, 40]]) == (
-        "1 box in 1 row; 1 fit 0 to 1000, which is assumed, but every one of these would fit another convention too; if they "
-        "are corners in pixels or x, y, width, height in pixels, declare it in data.boxes.convention."
+        "1 box in 1 row; 1 row fits 0 to 1000, which is assumed, but every one of these would fit another convention too; if "
+        "they are corners in pixels or x, y, width, height in pixels, declare it with "
+        "data.boxes.convention=xyxy_px or xywh_px."
     )
     assert verdict([[0.1, 0.2, 0.9, 0.9]]) == (
-        "1 box in 1 row; none can be from 0 to 1000, all fit corners from 0 to 1; 1 row with a fault."
+        "1 box in 1 row; none can be from 0 to 1000, all fit corners from 0 to 1; declare it with "
+        "data.boxes.convention=xyxy_unit; 1 row with a fault."
+    )
+    assert verdict([[10, 20, 30, 40]], [[500, 400, 100, 50]]) == (
+        "2 boxes in 2 rows; 1 row fits 0 to 1000, but all 2 fit x, y, width, height in pixels, so that is what they seem to "
+        "be; declare it with data.boxes.convention=xywh_px; 1 row with a fault."
     )
     declared = Boxes(convention="xyxy_px")
     assert verdict([[10, 20, 30, 40]], declared=declared) == "1 box in 1 row, declared as corners in pixels."

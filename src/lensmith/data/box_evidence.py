@@ -173,16 +173,20 @@ def judge(tally: BoxTally, declared: Boxes | None) -> str | None:
 
 
 def _undeclared_verdict(tally: BoxTally) -> str:
-    fits = tally.fitting("xyxy_1000")
-    rivals = _fitting_all(tally)
+    rows, fits, rivals = tally.num_rows, tally.fitting("xyxy_1000"), _fitting_all(tally)
+    declare = f"declare it with {_settings(rivals)}"
     if not fits:
-        return "none can be from 0 to 1000" + (f", all fit {_either(rivals)}" if rivals else "")
-    unsure = sum(rows for evidence, rows in tally.rows.items() if evidence > {"xyxy_1000"})
+        return "none can be from 0 to 1000" + (f", all fit {_either(rivals)}; {declare}" if rivals else "")
+    fitting = f"{counted(fits, 'row')} {'fits' if fits == 1 else 'fit'} 0 to 1000"
+    if fits < rows and rivals:
+        # The rest of the file would be trained on in the wrong convention, row by row without a fault.
+        return f"{fitting}, but all {rows:,} fit {_either(rivals)}, so that is what they seem to be; {declare}"
+    unsure = sum(count for evidence, count in tally.rows.items() if evidence > {"xyxy_1000"})
     if unsure < fits:
         doubt = f", {unsure:,} would fit another convention too" if unsure else ""
-        return f"{fits:,} fit 0 to 1000, and {fits - unsure:,} of these nothing else{doubt}"
-    others = f"; if they are {_either(rivals)}, declare it in data.boxes.convention" if rivals else ""
-    return f"{fits:,} fit 0 to 1000, which is assumed, but every one of these would fit another convention too{others}"
+        return f"{fitting}, and {fits - unsure:,} of these nothing else{doubt}"
+    others = f"; if they are {_either(rivals)}, {declare}" if rivals else ""
+    return f"{fitting}, which is assumed, but every one of these would fit another convention too{others}"
 
 
 def _fitting_all(tally: BoxTally) -> tuple[BoxConvention, ...]:
