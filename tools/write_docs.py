@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, docs/config.md and README.md's table from the code; `--check` only compares, for CI.
+"""Writes docs/cli.md, docs/config.md and the tables of docs/check.md and README.md; `--check` only compares, for CI.
 
 python tools/write_docs.py
 python tools/write_docs.py --check
@@ -18,11 +18,14 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.table import fill_table  # noqa: E402
 
+from lensmith.check.findings import CODES  # noqa: E402
 from lensmith.cli import app  # noqa: E402
 from lensmith.config.rules import CONTRADICTIONS, WITHOUT_EFFECT  # noqa: E402
 from lensmith.config.schema import describe_section, list_sections, list_settings  # noqa: E402
 from lensmith.screens import write_default  # noqa: E402
 
+CODES_START = "<!-- codes: written by tools/write_docs.py from src/lensmith/check/findings.py -->"
+CODES_END = "<!-- /codes -->"
 GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
 
 
@@ -83,12 +86,30 @@ def config_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def fill_codes(page: str) -> str:
+    """docs/check.md with its table of codes brought up to date.
+
+    Raises:
+        ValueError: the page lacks one of the marks.
+    """
+    before, start, rest = page.partition(CODES_START)
+    _, end, after = rest.partition(CODES_END)
+    if not (start and end):
+        raise ValueError(f"the page must hold {CODES_START} and {CODES_END} around the table")
+    lines = ["| Code | | When | For example | What to do |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{code}` | {kind.severity} | {kind.meaning} | {kind.example} | {kind.fix} |" for code, kind in CODES.items()
+    ]
+    return "\n".join([before + start, *lines, end + after])
+
+
 def pages() -> dict[Path, str]:
     """Path -> what it must hold."""
-    readme = REPOSITORY / "README.md"
+    readme, check = REPOSITORY / "README.md", REPOSITORY / "docs" / "check.md"
     return {
         REPOSITORY / "docs" / "cli.md": cli_page(),
         REPOSITORY / "docs" / "config.md": config_page(),
+        check: fill_codes(check.read_text(encoding="utf-8")),
         readme: fill_table(readme.read_text(encoding="utf-8")),
     }
 
