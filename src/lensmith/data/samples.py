@@ -48,7 +48,7 @@ PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 Ref = ImageRef | VideoRef
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kind:
     """What a row may show beside texts. In a draft it marks where one of the row's own columns goes."""
 
@@ -147,14 +147,13 @@ class _Draft:
 
     def __init__(self, row: Row, layout: Layout, refs: RefReader, faults: list[RowError] | None) -> None:
         self.row, self.refs, self.faults = row, refs, faults
-        columns = {IMAGE: layout.image, VIDEO: layout.video}
+        self.columns = {IMAGE: layout.image, VIDEO: layout.video}
         self.listed = {
             kind: [entry for name in names for entry in self._read(kind, row.fields.get(name))]
-            for kind, names in columns.items()
+            for kind, names in self.columns.items()
         }
-        self.columns = {kind: " and ".join(map(repr, names)) or f"'{kind.name}s'" for kind, names in columns.items()}
         # Where pictures never stand in a column, `<image>` in a text is just text; so it is beside image parts.
-        self.marked = {kind for kind in KINDS if columns[kind] or layout.kind == "conversations"}
+        self.marked = {kind for kind in KINDS if self.columns[kind] or layout.kind == "conversations"}
         self.in_parts: set[Kind] = set()
         """Kinds that the messages hold as parts."""
 
@@ -208,7 +207,7 @@ class _Draft:
             num_marks = sum(part is kind for _, parts in turns for part in parts)
             if num_marks == 0 and self.listed[kind]:
                 self._place_in_front(turns, kind)
-            else:
+            elif num_marks:
                 entries = iter(self._entries(kind, num_marks))
                 for _, parts in turns:
                     parts[:] = [ref for part in parts for ref in (next(entries) if part is kind else (part,))]
@@ -226,9 +225,12 @@ class _Draft:
         raise RowError(
             self.row.where,
             "marks_mismatch",
-            f"{num_marks} {marks} but {num_listed} {kind.name}s listed in {self.columns[kind]}. {more}; "
+            f"{num_marks} {marks} but {num_listed} {kind.name}s listed in {self._places(kind)}. {more}; "
             "to leave such rows out, set data.on_bad_row=skip.",
         )
+
+    def _places(self, kind: Kind) -> str:
+        return " and ".join(map(repr, self.columns[kind])) or f"'{kind.name}s'"
 
     def _place_in_front(self, turns: list[Turn], kind: Kind) -> None:
         inline = sum(isinstance(part, VideoRef if kind is VIDEO else ImageRef) for _, parts in turns for part in parts)
@@ -236,7 +238,7 @@ class _Draft:
             raise RowError(
                 self.row.where,
                 "marks_mismatch",
-                f"the messages hold {inline} {kind.name}s themselves and {self.columns[kind]} lists "
+                f"the messages hold {inline} {kind.name}s themselves and {self._places(kind)} lists "
                 f"{len(self.listed[kind])} more, with no mark for them. Remove one of the two.",
             )
         first = next((parts for role, parts in turns if role == "user"), None)
