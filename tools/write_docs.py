@@ -97,9 +97,9 @@ def fill_codes(page: str) -> str:
     if not (start and end):
         raise ValueError(f"the page must hold {CODES_START} and {CODES_END} around the table")
     lines = ["| Code | | When | For example | What to do |", "|---|---|---|---|---|"]
-    lines += [
-        f"| `{code}` | {kind.severity} | {kind.meaning} | {kind.example} | {kind.fix} |" for code, kind in CODES.items()
-    ]
+    for code, kind in CODES.items():
+        cells = (kind.severity, kind.meaning, kind.example, kind.fix)
+        lines.append(" | ".join([f"| `{code}`", *(cell.replace("|", chr(92) + "|") for cell in cells)]) + " |")
     return "\n".join([before + start, *lines, end + after])
 
 

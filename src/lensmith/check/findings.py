@@ -180,7 +180,7 @@ CODES: dict[Code, Kind] = {
         "warning",
         "A test row whose picture is also trained on, under whatever name.",
         "`a.png` in train, its copy `b.png` in test",
-        "Remove the picture from one side, or let data.test hold out a share, which parts by picture.",
+        "Remove the picture from one side, or let data.test hold out a share, which keeps each file on one side.",
     ),
     "conflicting_answer": Kind(
         "warning",
