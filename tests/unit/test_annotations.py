@@ -217,7 +217,7 @@ def test_yolo_folder_as_roboflow_writes_it(tmp_path):
         assert answers(open_rows(place)) == [[{"bbox_2d": [0.5, 0.5, 1, 1], "label": "cat"}]]
 
 
-@pytest.mark.parametrize("train", ["../elsewhere", "/etc", "images/gone", "[a, b]"])
+@pytest.mark.parametrize("train", ["../elsewhere", "/etc", "images/gone", "[a, b]", "a" * 300])
 def test_data_yaml_cannot_lead_out_of_its_folder(tmp_path, train):
     (tmp_path / "elsewhere").mkdir()
     root = write_yolo(tmp_path / "set", f"names: [cat]\npath: /\ntrain: {train}\n")

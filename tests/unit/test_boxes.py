@@ -240,6 +240,26 @@ def test_declared_boxes_are_held_against_the_declaration(box, convention, code, 
     assert sentence in "".join(told for _, told in notes.faults)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.one_of(st.floats(-1e9, 1e9), st.integers(-2, 2000)), min_size=4, max_size=4), max_size=3),
+    st.sampled_from([None, *CONVENTIONS]),
+    st.integers(0, 3),
+)
+def test_any_numbers_can_be_judged_and_converted(boxes, convention, images):
+    declared = convention and Boxes(convention=convention)
+    sample, sizes = build_sample(*boxes, images=images, boxes=declared)
+    notes = audit_boxes(sample, sizes, declared)
+    assert len(notes.faults) <= 1
+    judge(BoxTally.of([notes]), declared)
+    try:
+        spoken = convert_sample(sample, sizes, declared).answer
+    except RowError:
+        spoken = "[]"
+        assert images != 1
+    json.loads(restore_answer(spoken, sample, sizes))
+
+
 def test_points_lie_in_their_picture_and_have_no_second_corner():
     assert audit_boxes(*build_sample([15, 30], key="point_2d"), None).points == 1
     notes = audit_boxes(*build_sample([1500, 30], key="point_2d", size_px=BIG), None)

@@ -224,7 +224,7 @@ class LabelMeRows(AnnotatedRows):
         """The file beside it, or else the copy of it that LabelMe writes into its own."""
         path, data = content.get("imagePath"), content.get("imageData")
         name = path.replace("\\", "/") if isinstance(path, str) else ""  # written on Windows
-        if isinstance(data, str) and data and not (name and (Path(self.root) / name).is_file()):
+        if isinstance(data, str) and data and not (name and _is_there(Path(self.root) / name)):
             return f"data:;base64,{data}"
         if not name:
             raise RowError(where, "malformed_row", 'has neither "imagePath" nor "imageData"; name the picture.')
@@ -289,7 +289,9 @@ def _named_folders(folder: Path, settings: dict[str, Any]) -> list[Path]:
         # Roboflow writes ../train/images for the folder beside data.yaml; `path` is often one of another machine.
         starts = [folder / str(settings.get("path", "")), folder]
         ways = [start / trimmed for start in starts for trimmed in (str(name), str(name).removeprefix("../"))]
-        inside = [way for way in ways if way.is_dir() and way.resolve().is_relative_to(folder.resolve())]
+        inside = [
+            way for way in ways if _is_there(way) and way.is_dir() and way.resolve().is_relative_to(folder.resolve())
+        ]
         if not inside:
             raise DataError(
                 f"{folder}: its data.yaml says train: {name}, which is no folder of images in here; "
@@ -360,7 +362,15 @@ def _coco_root(path: Path, name: str) -> Path:
     folder, part = path.parent, path.stem.rpartition("_")[2]
     above = folder.parent
     places = (folder, folder / "images", above / part, above / "images" / part, above / "images", above)
-    return next((place for place in places if name and (place / name).is_file()), folder)
+    return next((place for place in places if name and _is_there(place / name)), folder)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file or folder of that name, which comes from a data file and may be none that a disk takes."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _around(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float, float]:
