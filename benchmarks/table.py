@@ -12,6 +12,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NEEDED = ("name", "what", "value", "unit", "gpu_or_cpu", "versions", "commit", "command", "date")
+ELSEWHERE = ("memory-grid", "memory-ladder")
+"""Results of many cases, shown in docs/memory.md and docs/plan.md instead."""
 START, END = "<!-- measured -->", "<!-- /measured -->"
 HOLE = "not measured yet"
 
@@ -26,6 +28,11 @@ ROWS = {
     "w1-8b-qlora-recompute-none": "the same without recompute",
     "w1-8b-qlora-unsloth": "the same with Unsloth",
     "w1-8b-qlora-trl": "the same with stock TRL",
+    "w1-8b-qlora-low": "the same, ours, with embedding, tower and layer inputs in host memory",
+    "8b-qlora-1": "Qwen3-VL-8B QLoRA, one sample a step, low memory",
+    "4b-qlora-1": "Qwen3-VL-4B QLoRA, one sample a step, low memory",
+    "2b-qlora-1": "Qwen3-VL-2B QLoRA, one sample a step, low memory",
+    "load-8b-nf4": "Loading 8B in NF4: GPU memory beyond its final 6.7 GiB",
 }
 
 
@@ -54,8 +61,36 @@ def draw_table(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| What | Measured | On | Result |", "|---|--:|---|---|"]
     for name, what in ROWS.items():
         lines.append(_row(what, results[name]) if name in results else f"| {what} | {HOLE} | | |")
-    lines += [_row(result["what"], result) for name, result in results.items() if name not in ROWS]
+    others = (name for name in results if name not in ROWS and name not in ELSEWHERE)
+    lines += [_row(results[name]["what"], results[name]) for name in others]
     return "\n".join(lines)
+
+
+def draw_ladder(results: dict[str, dict[str, Any]]) -> str:
+    """docs/memory.md: one row per case, and what its last setting changed of the case that it was added to."""
+    result, lines = (
+        results["memory-ladder"],
+        ["| Settings | Peak reserved GiB | Change | Tokens/s |", "|---|--:|--:|--:|"],
+    )
+    cases = result["cases"]
+    for number, case in enumerate(cases):
+        base = _base(case, cases[:number])
+        shown = [setting for setting in case["settings"] if base is None or setting not in base["settings"]]
+        change = "" if base is None else f"{case['peak_gib'] / base['peak_gib'] - 1:+.0%}"
+        added = "" if base is None else "+ " if base is cases[number - 1] else "instead: "
+        lines.append(
+            f"| {added}`{' '.join(shown)}` | {case['peak_gib']:.1f} | {change} | {case['tokens'] / case['step_s']:,.0f} |"
+        )
+    return "\n".join(
+        [*lines, "", f"`{result['command']}` on one {result['gpu_or_cpu']}, {result['date']}: {result['file']}."]
+    )
+
+
+def _base(case: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The earlier case that this one adds most closely to, or differs from in its last setting only."""
+    below = [other for other in earlier if set(other["settings"]) < set(case["settings"])]
+    beside = [other for other in earlier if other["settings"][:-1] == case["settings"][:-1]]
+    return max(below, key=lambda other: len(other["settings"]), default=next(iter(beside), None))
 
 
 def fill_table(page: str) -> str:

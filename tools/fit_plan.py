@@ -28,6 +28,7 @@ PULL = 0.02
 """Weight of a coefficient's change, in logarithms, against relative errors: a factor of two costs as much as 1.4 % of error."""
 ROUNDS = 30
 NUDGE = 1e-4
+TICKS = (0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50)
 LONGEST_STEP = 0.3
 """Of a logarithm per round; peaks change their moment, so far steps mislead."""
 
@@ -88,6 +89,7 @@ def split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
 def draw(records: Sequence[Record], found: Coefficients, path: Path) -> None:
     """Predicted against measured, the judged half filled."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     fitted, judged = split(records)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -99,6 +101,11 @@ def draw(records: Sequence[Record], found: Coefficients, path: Path) -> None:
             places = [((r.peak_gib, r.step_s)[which], r.predict(found)[which]) for r in half]
             axes.scatter(*zip(*places, strict=True), label=label, facecolors=face, edgecolors="C0")
         axes.set(xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}")
+        ticks = [tick for tick in TICKS if min(measured) * 0.8 < tick < max(measured) * 1.25]
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(FixedLocator(ticks))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, docs/config.md and the tables of docs/check.md and README.md; `--check` only compares, for CI.
+"""Writes docs/cli.md, docs/config.md and the tables of docs/check.md, docs/memory.md and README.md; `--check` only compares, for CI.
 
 python tools/write_docs.py
 python tools/write_docs.py --check
@@ -16,7 +16,7 @@ import typer
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.table import fill_table  # noqa: E402
+from benchmarks.table import draw_ladder, fill_table, read_results  # noqa: E402
 
 from lensmith.check.findings import CODES  # noqa: E402
 from lensmith.cli import app  # noqa: E402
@@ -26,6 +26,8 @@ from lensmith.screens import write_default  # noqa: E402
 
 CODES_START = "<!-- codes: written by tools/write_docs.py from src/lensmith/check/findings.py -->"
 CODES_END = "<!-- /codes -->"
+LADDER_START = "<!-- ladder: written by tools/write_docs.py from benchmarks/results/memory-ladder.json -->"
+LADDER_END = "<!-- /ladder -->"
 GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
 
 
@@ -86,30 +88,36 @@ def config_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def fill_codes(page: str) -> str:
-    """docs/check.md with its table of codes brought up to date.
-
-    Raises:
-        ValueError: the page lacks one of the marks.
-    """
-    before, start, rest = page.partition(CODES_START)
-    _, end, after = rest.partition(CODES_END)
-    if not (start and end):
-        raise ValueError(f"the page must hold {CODES_START} and {CODES_END} around the table")
+def codes_table() -> str:
+    """Every code that `lensmith check` reports."""
     lines = ["| Code | | When | For example | What to do |", "|---|---|---|---|---|"]
     for code, kind in CODES.items():
         cells = (kind.severity, kind.meaning, kind.example, kind.fix)
         lines.append(" | ".join([f"| `{code}`", *(cell.replace("|", chr(92) + "|") for cell in cells)]) + " |")
-    return "\n".join([before + start, *lines, end + after])
+    return "\n".join(lines)
+
+
+def fill(page: Path, start: str, table: str, end: str) -> str:
+    """The page with the table between its two marks brought up to date.
+
+    Raises:
+        ValueError: the page lacks one of the marks.
+    """
+    before, found, rest = page.read_text(encoding="utf-8").partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{page.name} must hold {start} and {end} around the table")
+    return f"{before}{start}\n{table}\n{end}{after}"
 
 
 def pages() -> dict[Path, str]:
     """Path -> what it must hold."""
-    readme, check = REPOSITORY / "README.md", REPOSITORY / "docs" / "check.md"
+    readme, docs = REPOSITORY / "README.md", REPOSITORY / "docs"
     return {
         REPOSITORY / "docs" / "cli.md": cli_page(),
         REPOSITORY / "docs" / "config.md": config_page(),
-        check: fill_codes(check.read_text(encoding="utf-8")),
+        docs / "check.md": fill(docs / "check.md", CODES_START, codes_table(), CODES_END),
+        docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),
     }
 

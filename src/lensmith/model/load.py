@@ -49,11 +49,17 @@ class Loaded:
     """What was chosen and why, to be printed."""
 
 
-def load_model(config: RunConfig, *, device: torch.device | None = None, shards: Shards | None = None) -> Loaded:
+def load_model(
+    config: RunConfig,
+    *,
+    device: torch.device | None = None,
+    processor: Qwen3VLProcessor | None = None,
+    shards: Shards | None = None,
+) -> Loaded:
     """Model and processor of `config.model`, in eval mode, all parameters as loaded; `prepare_trainable` comes next.
 
-    `device`: None for this process's GPU, or the CPU where there is none. `shards`: weights from elsewhere than the
-    model's files, for benchmarks.
+    `device`: None for this process's GPU, or the CPU where there is none. `processor`: where it has been loaded
+    already. `shards`: weights from elsewhere than the model's files, for benchmarks.
 
     Raises ModelError for names, files and processors that do not serve, ConfigError for a precision or method that
     this device does not have.
@@ -69,7 +75,7 @@ def load_model(config: RunConfig, *, device: torch.device | None = None, shards:
     ready_made = is_quantised_checkpoint(architecture)
     if ready_made or config.tune.method == "qlora":
         sentences += _check_four_bit(config, architecture, device, ready_made=ready_made)
-    processor = load_processor(config.model)
+    processor = processor or load_processor(config.model)
     model = _load_weights(config, architecture, shards, device, dtype)
     if ready_made or config.tune.method == "qlora":
         settle_linears(model, dtype)

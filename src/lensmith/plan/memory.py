@@ -27,7 +27,6 @@ from lensmith.plan.facts import ModelFacts
 from lensmith.plan.weights import (
     ADAPTER_BYTES,
     host_parts,
-    optimizer_name,
     scratch_bytes,
     trainable,
     training_parts,
@@ -167,10 +166,7 @@ def _gradients(one: Pass, gpus: int) -> tuple[Parts, Parts, Parts]:
     late = adapters + train.weights * wide / gpus
     early = late if one.work.packs_per_step > 1 else head
     late += head if facts.tied else 0  # the embedding's own, until it is added to the head's
-    # Adafactor makes an update and its square of a whole weight, in fp32.
-    factored = optimizer_name(facts, config) == "adafactor"
-    steps = 2 * FP32 * train.largest if factored else updating
-    stepping = {"gradients": late, "optimizer's steps": steps}
+    stepping = {"gradients": late, "optimizer's steps": updating}
     return {"gradients": early}, {"gradients": late}, stepping
 
 

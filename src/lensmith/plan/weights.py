@@ -24,7 +24,6 @@ WIDE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Of a weight or an activation, by RunConfig.precision; a GPU that is planned for has 16-bit types."""
 PLACES = 2
 """Layers that are on the GPU at a time where the rest is elsewhere: the one that computes and the next one."""
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor")
 
 
 def value_bytes(config: RunConfig) -> int:
@@ -103,8 +102,6 @@ class Trainable:
     """Of the model itself, in the model's type."""
     largest: int
     """Of the largest single weight of the model that trains; 0 where none does."""
-    factors: int
-    """Rows and columns of every matrix that trains: what a factored optimizer keeps."""
 
 
 def trainable(facts: ModelFacts, config: RunConfig) -> Trainable:
@@ -116,18 +113,13 @@ def trainable(facts: ModelFacts, config: RunConfig) -> Trainable:
         "vision": (tower.block_linears, tower.depth),
         "merger": (tower.merger_linears, tower.levels + 1),
     }
-    adapters = factors = 0
-    for component, (linears, repeats) in parts.items():
-        state, sums = states[component], repeats * sum(inputs + outputs for inputs, outputs in linears)
-        if state == "adapted":
-            adapters += tune.rank * sums
-            factors += sums + 2 * repeats * len(linears) * tune.rank
-        elif state == "trained":
-            factors += sums
-    if states["language"] == "trained":
-        factors += (1 if facts.tied else 2) * (facts.vocabulary + facts.width)
+    adapters = sum(
+        tune.rank * repeats * sum(inputs + outputs for inputs, outputs in linears)
+        for component, (linears, repeats) in parts.items()
+        if states[component] == "adapted"
+    )
     own = _own_weights(facts, config)
-    return Trainable(adapters, sum(own.values()), _largest(facts, own), factors)
+    return Trainable(adapters, sum(own.values()), _largest(facts, own))
 
 
 def _own_weights(facts: ModelFacts, config: RunConfig) -> dict[str, int]:
@@ -163,7 +155,6 @@ def optimizer_bytes(facts: ModelFacts, config: RunConfig) -> float:
         "adamw": 2 * (train.adapters + train.weights) * STATE_BYTES,
         "adamw_8bit": 2 * (train.adapters + train.weights) * BLOCKWISE_8BIT_BYTES,
         "paged_adamw_8bit": 0,
-        "adafactor": 4 * train.factors,
     }[optimizer_name(facts, config)]
 
 

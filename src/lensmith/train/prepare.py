@@ -25,13 +25,17 @@ from lensmith.errors import ConfigError
 from lensmith.model.adapters import check_tune, prepare_trainable
 from lensmith.model.components import census_table, take_census
 from lensmith.model.features import open_features
-from lensmith.model.load import Loaded, load_model
+from lensmith.model.load import Loaded, choose_device, load_model, load_processor
 from lensmith.model.residence import check_frozen
 from lensmith.model.versions import check_versions, environment
+from lensmith.plan.answer import check_fits
+from lensmith.plan.cards import usable_gib
 from lensmith.rundir import RunDir, checkpoint_step
 from lensmith.train.ranks import rank, refuse_data_parallel, world_size
 from lensmith.train.selfcheck import check_packs
 from lensmith.types import counted
+
+GIB = 2**30
 
 Say = Callable[[Any], None]
 
@@ -71,11 +75,15 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     run = RunDir(config.run)
     checkpoint = _open_run(run, config, say)
-    loaded = load_model(config)
+    # Rows and memory first: what is wrong with them is known before gigabytes of weights are read.
+    device, processor = choose_device(), load_processor(config.model)
+    encoder = Encoder.from_processor(processor, config.data.image, config.data.video)
+    train, held_out = scan_rows(config, encoder, device, say)
+    if device.type == "cuda":
+        say(_planned_memory(config, train, device))
+    loaded = load_model(config, device=device, processor=processor)
     for sentence in loaded.sentences:
         say(sentence)
-    encoder = Encoder.from_processor(loaded.processor, config.data.image, config.data.video)
-    train, held_out = scan_rows(config, encoder, loaded.device, say)
     plan, dataset = _plan(config, loaded, encoder, train, say)
     model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
     check_frozen(model)
@@ -83,6 +91,16 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     loaded.model.features = open_features(config.memory, loaded.model.model.visual, loaded.device)
     say(census_table(take_census(model)))
     return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out)
+
+
+def _planned_memory(config: RunConfig, train: Scan, device: torch.device) -> str:
+    """What the planner expects, as a sentence. Raises ConfigError where the run cannot fit the card."""
+    gib = torch.cuda.get_device_properties(device).total_memory / GIB
+    plan = check_fits(config, gib, train)
+    return (
+        f"Planned: {plan.memory.peak_gib:.1f} GiB reserved at most, of {usable_gib(gib):.1f} usable ones on this card; "
+        "`lensmith plan` shows the parts."
+    )
 
 
 def _open_run(run: RunDir, config: RunConfig, say: Say) -> Path | None:
@@ -121,6 +139,7 @@ def scan_one(config: RunConfig, encoder: Encoder, device: torch.device, which: A
         on_long=config.data.on_long,
         on_bad_row=config.data.on_bad_row,
         seed=config.seed,
+        workers=config.data.workers,
     )
     for sentence in scan.sentences():
         say(sentence)
