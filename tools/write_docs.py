@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, docs/config.md and the tables of docs/check.md, docs/memory.md and README.md; `--check` only compares, for CI.
+"""Writes docs/cli.md, docs/config.md and the tables of README.md, docs/check.md and docs/memory.md; `--check` compares, for CI.
 
 python tools/write_docs.py
 python tools/write_docs.py --check

@@ -147,7 +147,10 @@ def test_names_from_other_tools_lead_to_settings_that_exist():
         ("tune.rank=0", "tune.rank is 0, but must be a whole number, at least 1."),
         ("optim.learning_rate=fast", "optim.learning_rate is 'fast', but must be a number above 0, or null."),
         ("optim.learning_rate=.inf", "optim.learning_rate is inf, but must be a number above 0, or null."),
-        ("tune.method=qlra", "tune.method is 'qlra', but must be one of lora, qlora, full. Did you mean qlora?"),
+        (
+            "tune.method=qlra",
+            "tune.method is 'qlra', but must be one of lora, qlora, lora_8bit, full. Did you mean qlora?",
+        ),
         ("data.test=5", "data.test is 5, but must be text, a number above 0 and below 1, or null."),
         ("data.allow_urls=maybe", "data.allow_urls is 'maybe', but must be true or false."),
         ("optim=adamw", "optim is 'adamw', but must be a section with name, learning_rate,"),
@@ -213,6 +216,8 @@ def test_an_override_without_a_value_says_how_to_write_it():
         (["data.test=null", "eval.every_steps=100"], "eval.every_steps"),
         (["memory.vision_cache_dir=kept"], "memory.vision_cache_dir"),
         (["memory.vision_cache_gib=4", "tune.merger=adapted"], "memory.vision_cache_gib"),
+        (["memory.recompute=none", "memory.offload=inputs"], "memory.offload"),
+        (["optim.rounding=nearest"], "optim.rounding"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, path):
@@ -232,6 +237,13 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
             ["tune.method=qlora", "tune.quantise_vision=true", "tune.vision=trained"],
             "tune.vision is 'trained', but tune.",
         ),
+        (["memory.recompute=none", "memory.stream_layers=4"], "memory.stream_layers is 4, but memory.recompute=none"),
+        (["memory.recompute=2", "memory.stream_layers=4"], "stream no more layers than it names"),
+        (["memory.head=host", "memory.head_bits=8"], "memory.head_bits is 8, but memory.head=host"),
+        (["tune.method=full", "memory.embedding=host"], "memory.embedding is 'host', but the decoder trains"),
+        (["tune.merger=trained", "memory.tower=host"], "but tune.merger=trained; only a frozen tower"),
+        (["optim.in_backward=true"], "but tune.method=lora has few gradients to save"),
+        (["tune.method=full", "optim.in_backward=true"], "but optim.max_grad_norm=1 needs all gradients at once"),
     ],
 )
 def test_settings_that_contradict_are_an_error(overrides, reason):
@@ -239,7 +251,7 @@ def test_settings_that_contradict_are_an_error(overrides, reason):
 
 
 def test_every_rule_has_a_case_above():
-    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (7, 4), (
+    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (10, 8), (
         "add a case to the two tests above, then mend this line"
     )
 

@@ -153,6 +153,16 @@ def _inputs_wait_only_where_layers_run_twice(config: RunConfig) -> Iterator[Prob
         )
 
 
+def _rounding_is_for_weights_that_train(config: RunConfig) -> Iterator[Problem]:
+    tune = config.tune
+    if tune.method != "full" and "trained" not in (tune.language, tune.vision, tune.merger):
+        yield Problem(
+            "optim.rounding",
+            "has no effect while only adapters train: they are fp32, and nothing is rounded. Remove it, or set "
+            "tune.method=full.",
+        )
+
+
 def _layers_that_come_and_go_run_twice(config: RunConfig) -> Iterator[Problem]:
     memory = config.memory
     if memory.stream_layers and (
@@ -243,6 +253,7 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rounds_of_questions_need_a_test_set,
     _kept_features_need_a_frozen_tower,
     _inputs_wait_only_where_layers_run_twice,
+    _rounding_is_for_weights_that_train,
 )
 CONTRADICTIONS: tuple[Rule, ...] = (
     _image_range_is_not_empty,

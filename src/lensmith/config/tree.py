@@ -155,12 +155,6 @@ class Packing(Section):
 class Optim(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] | None = None
     """Null: adamw_8bit on a GPU with a real model, adamw otherwise."""
-    in_backward: bool = False
-    """Whether each weight is updated as soon as its gradient is known, so that never all gradients are alive. For
-    tune.method=full; needs max_grad_norm=null and steps of one pack."""
-    rounding: Literal["nearest", "stochastic"] = "stochastic"
-    """How bf16 weights that are trained themselves are rounded after an update. Stochastic keeps small updates on average;
-    nearest loses those below 0.4 % of a weight."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Null: 2e-4 for lora and qlora, 1e-5 for full; docs/training.md says why."""
     vision_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -181,6 +175,12 @@ class Optim(Section):
     """AdamW's pull towards zero; never on norms, biases and other 1-d parameters."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Null: no clipping."""
+    in_backward: bool = False
+    """Whether each weight is updated as soon as its gradient is known, so that never all gradients are alive. For
+    tune.method=full; needs max_grad_norm=null and steps of one pack."""
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
+    """How bf16 weights that are trained themselves are rounded after an update. Stochastic keeps small updates on average;
+    nearest loses those below 0.4 % of a weight."""
 
 
 class Memory(Section):
