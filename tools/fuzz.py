@@ -11,6 +11,7 @@ seed and its number.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -20,7 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -164,12 +165,13 @@ class Fuzzer:
         self.findings = Findings()
 
     def run(self, *, cases: int | None, seconds: float | None) -> Findings:
-        """Stops at whichever comes first."""
+        """Stops at whichever comes first, or at Ctrl-C."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        number = 0
-        while (cases is None or number < cases) and (deadline is None or time.monotonic() < deadline):
-            self.try_one(self.targets[number % len(self.targets)], number)
-            number += 1
+        with suppress(KeyboardInterrupt):
+            for number in itertools.count() if cases is None else range(cases):
+                if deadline is not None and time.monotonic() >= deadline:
+                    break
+                self.try_one(self.targets[number % len(self.targets)], number)
         return self.findings
 
     def try_one(self, target: Target, number: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lensmith.config.tree import Data, Images
-from lensmith.data.documents import MAX_PAGES, PAGE_DPI, split_pages
+from lensmith.data.documents import MAX_PAGES, PAGE_DPI, draw_page, split_pages
 from lensmith.data.encode import Encoder
 from lensmith.data.images import check_whole, header_px, open_image, read_patches
 from lensmith.data.refs import RefReader
@@ -147,6 +147,22 @@ def test_page_of_a_hundred_million_pixels_is_a_bomb(tmp_path):
     refused = fault(lambda: header_px(pages_of(tmp_path, "huge.pdf")[0]))
     assert refused.code == "decompression_bomb"
     assert "28,000 x 28,000 px at 144 dpi" in str(refused)
+
+
+def test_page_that_would_take_minutes_is_given_up(tmp_path):
+    """A picture of 65,000 x 65,000 pixels in a file of a few hundred bytes."""
+    content = "q 40 0 0 30 0 0 cm BI /W 65000 /H 65000 /BPC 8 /CS /G ID x EI Q\n" * 50
+    page = f"/MediaBox [0 0 40 30] /Contents 4 0 R >>\nendobj\n4 0 obj\n<< /Length {len(content)} >>\nstream\n{content}endstream"
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>", f"<< /Type /Page /Parent 2 0 R {page}"]
+    text = "%PDF-1.7\n" + "".join(f"{n} 0 obj\n{body}\nendobj\n" for n, body in enumerate(objects, 1))
+    (tmp_path / "slow.pdf").write_text(text + "trailer\n<< /Root 1 0 R >>\n%%EOF")
+    ref = pages_of(tmp_path, "slow.pdf")[0]
+    import time
+    started = time.monotonic()
+    try:
+        print(draw_page(ref, limit_s=1))
+    finally:
+        print(time.monotonic() - started)
 
 
 def test_without_the_library_the_sentence_names_the_extra(folder, monkeypatch):

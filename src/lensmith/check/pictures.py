@@ -7,7 +7,6 @@ neighbour; N. Krawetz, "Kind of Like That", 2013) and the mean colour, to which 
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,8 +29,6 @@ HASH_PX = (9, 8)
 """Width and height that a picture is reduced to: 8 differences in each of 8 lines."""
 LEAST_DETAIL = 8
 """Bits of a hash that must be set, and clear: plain surfaces and gradients all have the same hash, which proves nothing."""
-SAMPLED_BYTES = 4096
-"""Without decoding, files are compared by their size and so many bytes at each end."""
 
 
 class Impression(NamedTuple):
@@ -74,7 +71,7 @@ def look_at(ref: ImageRef, source: SampleSource, *, decode: bool) -> Look:
     header, content = None, NOTHING
     try:
         header = source.header(ref, check=not decode)
-        content = digest_file(ref, whole=decode)
+        content = digest_content(ref, header, whole=decode)
         picture = open_image(ref) if decode else None
         fault = _check_aspect(ref, header)
     except RowError as found:
@@ -83,21 +80,19 @@ def look_at(ref: ImageRef, source: SampleSource, *, decode: bool) -> Look:
     return Look(header, fault, _oddities(header), content, impression if impression and impression.has_detail else None)
 
 
-def digest_file(ref: ImageRef, *, whole: bool) -> int:
-    """64 bits that stand for what the picture's file holds: all of it, or its size and both ends.
+def digest_content(ref: ImageRef, header: Header, *, whole: bool) -> int:
+    """64 bits that stand for what the picture's file holds: all of it, or its size and the 4 KiB at both ends.
 
-    A million different files have equal digests with a probability of 3e-8.
+    A million different files have equal digests with a probability of 3e-8. Pages of a document that is not read as a
+    whole go by its name.
     """
-    with open_ref(ref) as file:
-        if whole:
-            content = file.read()
-        else:
-            content = file.read(SAMPLED_BYTES)
-            num_bytes = file.seek(0, io.SEEK_END)
-            file.seek(max(SAMPLED_BYTES, num_bytes - SAMPLED_BYTES))
-            content += file.read() + num_bytes.to_bytes(8)
     page = b"" if ref.page is None else ref.page.to_bytes(8)
-    return digest(content + page)
+    if whole:
+        with open_ref(ref) as file:
+            return digest(file.read() + page)
+    if page:
+        return digest(ref.key.encode("utf-8", "surrogatepass"))
+    return digest(header.num_bytes.to_bytes(8) + header.ends.to_bytes(8))
 
 
 def impression_of(picture: Image.Image) -> Impression:

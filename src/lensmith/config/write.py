@@ -40,8 +40,9 @@ def effective_settings(config: RunConfig) -> dict[str, Any]:
 
 def config_diff(config: RunConfig, base: RunConfig | None = None) -> dict[str, Any]:
     """Dotted path -> plain value, for the settings with effect that differ from `base` (the defaults if None)."""
-    before = effective_settings(RunConfig() if base is None else base)
-    return {path: value for path, value in effective_settings(config).items() if before.get(path, ...) != value}
+    base = RunConfig() if base is None else base
+    now = effective_settings(config)
+    return {path: value for path, value in now.items() if plain(read_value(base, path)) != value}
 
 
 def render_yaml(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,13 +24,15 @@ from lensmith.errors import RowError
 from lensmith.types import ImageRef
 
 if TYPE_CHECKING:
-    from pypdfium2 import PdfDocument
+    from pypdfium2 import PdfDocument, PdfPage
 
 PAGE_DPI = 144
 """Twice the points of PDF, so that sizes are whole for whole points; ten-point type is 20 px high."""
 SCALE = PAGE_DPI // 72
 MAX_PAGES = 100
 """Most pages that one entry of a row may stand for."""
+MAX_DRAW_S = 20.0
+"""Time to draw one page; a dense one takes a second."""
 MAX_DOCUMENT_PAGES = 10_000
 """Longer documents are refused: a file of a few bytes can claim any number."""
 KNOWN_DOCUMENTS = 1024
@@ -99,21 +102,44 @@ def page_px(ref: ImageRef) -> tuple[int, int]:
     return height, width
 
 
-def draw_page(ref: ImageRef) -> Image.Image:
-    """The page in RGB on white, with its annotations and filled forms; as large as `page_px` says."""
+def draw_page(ref: ImageRef, *, limit_s: float = MAX_DRAW_S) -> Image.Image:
+    """The page in RGB on white, with its annotations and filled forms; as large as `page_px` says.
+
+    Raises:
+        RowError: `unreadable_document`, also for a page that takes over `limit_s`; `decompression_bomb`.
+        FileNotFoundError: the file is gone.
+    """
     height, width = page_px(ref)
     with _opened(ref) as document:
         from pypdfium2 import PdfiumError
 
         try:
             document.init_forms()
-            page = document[(ref.page or 1) - 1]
-            drawn = page.render(scale=SCALE).to_pil().convert("RGB")
-        except PdfiumError as cause:
+            return _draw(document[(ref.page or 1) - 1], width, height, limit_s)
+        except (PdfiumError, TimeoutError) as cause:
             raise _broken(ref, cause) from cause
-    if drawn.size != (width, height):
-        raise RowError(str(ref), "unreadable_document", "the page changed its size while it was read; run again.")
-    return drawn
+
+
+def _draw(page: PdfPage, width: int, height: int, limit_s: float) -> Image.Image:
+    """What PdfPage.render does, and stops in time: a few bytes of PDF can ask for minutes of work."""
+    import pypdfium2.raw as pdfium
+    from pypdfium2 import PdfBitmap, PdfiumError
+
+    deadline = time.monotonic() + limit_s
+    pause = pdfium.IFSDK_PAUSE(version=1)
+    pause.NeedToPauseNow = type(pause.NeedToPauseNow)(lambda _: time.monotonic() > deadline)
+    bitmap = PdfBitmap.new_native(width, height, pdfium.FPDFBitmap_BGR)
+    bitmap.fill_rect((255, 255, 255, 255), 0, 0, width, height)
+    how = (bitmap, page, 0, 0, width, height, 0, pdfium.FPDF_ANNOT)
+    status = pdfium.FPDF_RenderPageBitmap_Start(*how, pause)
+    pdfium.FPDF_RenderPage_Close(page)
+    if status == pdfium.FPDF_RENDER_TOBECONTINUED:
+        raise TimeoutError(f"a page takes over {limit_s:g} s to draw")
+    if status != pdfium.FPDF_RENDER_DONE:
+        raise PdfiumError("a page cannot be drawn")
+    if page.formenv:
+        pdfium.FPDF_FFLDraw(page.formenv, *how)
+    return bitmap.to_pil().convert("RGB")
 
 
 def _sizes(document: ImageRef) -> tuple[tuple[int, int], ...]:

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 HEAD_BYTES = 4096
 """Read at once. Most headers are shorter; what a camera puts in front of its own, such as a thumbnail, is skipped over."""
-TAIL_BYTES = 8
+TAIL_BYTES = 4096
 
 ORIENTATION_TAG = 0x0112
 """In the EXIF standard."""

@@ -149,7 +149,9 @@ def check_member(archive: Path, member: str, where: str) -> None:
             where, "unreadable_image", f"{archive} cannot be read as .zip ({cause}); pack it again."
         ) from cause
     if member not in opened.NameToInfo:
-        sentence = f"{archive} holds {counted(len(opened.NameToInfo), 'member')}, and none called {member}; mend the path."
+        sentence = (
+            f"{archive} holds {counted(len(opened.NameToInfo), 'member')}, and none called {member}; mend the path."
+        )
         raise RowError(where, "missing_file", sentence)
 
 

@@ -233,7 +233,9 @@ class _MappedRows(Rows):
         try:
             fields = dict(self._dataset[index])
         except UnicodeDecodeError as cause:
-            raise RowError(where, "malformed_row", f"holds text that is not UTF-8 ({cause.reason}); mend it.") from cause
+            raise RowError(
+                where, "malformed_row", f"holds text that is not UTF-8 ({cause.reason}); mend it."
+            ) from cause
         for column, names in self._labels.items():
             fields[column] = _label(fields[column], names, column, where)
         return Row(where, fields)
