@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lensmith.config.tree import Columns
-from lensmith.data.documents import read_pages, split_pages
+from lensmith.data.documents import draw_page, read_pages, split_pages
 from lensmith.data.headers import read_header
 from lensmith.data.images import open_image
 from lensmith.data.json_text import NotJson, parse_json
@@ -214,7 +214,7 @@ def read_document(content: bytes, folder: Path) -> None:
         refs = read_pages(document, pages or (1, None), "r:1")
         height, width = read_header(refs[0]).upright_px
         if height * width < 4_000_000:
-            open_image(refs[0])
+            draw_page(refs[0], limit_s=1)
 
 
 def read_archive(content: bytes, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -149,20 +150,20 @@ def test_page_of_a_hundred_million_pixels_is_a_bomb(tmp_path):
     assert "28,000 x 28,000 px at 144 dpi" in str(refused)
 
 
-def test_page_that_would_take_minutes_is_given_up(tmp_path):
-    """A picture of 65,000 x 65,000 pixels in a file of a few hundred bytes."""
-    content = "q 40 0 0 30 0 0 cm BI /W 65000 /H 65000 /BPC 8 /CS /G ID x EI Q\n" * 50
-    page = f"/MediaBox [0 0 40 30] /Contents 4 0 R >>\nendobj\n4 0 obj\n<< /Length {len(content)} >>\nstream\n{content}endstream"
-    objects = ["<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>", f"<< /Type /Page /Parent 2 0 R {page}"]
-    text = "%PDF-1.7\n" + "".join(f"{n} 0 obj\n{body}\nendobj\n" for n, body in enumerate(objects, 1))
-    (tmp_path / "slow.pdf").write_text(text + "trailer\n<< /Root 1 0 R >>\n%%EOF")
-    ref = pages_of(tmp_path, "slow.pdf")[0]
-    import time
+def test_page_that_takes_too_long_is_given_up(tmp_path):
+    """Its picture claims 65,500 x 65,500 px in a file of 1.5 KB: ten seconds of a core, where a page takes hundredths."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "PDF")
+    start, frame, rest = buffer.getvalue().partition(b"\xff\xc0\0\x11\x08")  # JPEG's SOF0, then height and width
+    assert frame
+    (tmp_path / "slow.pdf").write_bytes(start + frame + (65_500).to_bytes(2) * 2 + rest[4:])
     started = time.monotonic()
-    try:
-        print(draw_page(ref, limit_s=1))
-    finally:
-        print(time.monotonic() - started)
+    refused = fault(lambda: draw_page(pages_of(tmp_path, "slow.pdf")[0], limit_s=0.2))
+    assert (refused.code, "takes over 0.2 s to draw; save the page as PNG" in str(refused)) == (
+        "unreadable_document",
+        True,
+    )
+    assert time.monotonic() - started < 5
 
 
 def test_without_the_library_the_sentence_names_the_extra(folder, monkeypatch):

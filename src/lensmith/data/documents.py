@@ -116,7 +116,10 @@ def draw_page(ref: ImageRef, *, limit_s: float = MAX_DRAW_S) -> Image.Image:
         try:
             document.init_forms()
             return _draw(document[(ref.page or 1) - 1], width, height, limit_s)
-        except (PdfiumError, TimeoutError) as cause:
+        except TimeoutError as cause:
+            sentence = f"takes over {limit_s:g} s to draw; save the page as PNG, or name the other pages."
+            raise RowError(str(ref), "unreadable_document", sentence) from cause
+        except PdfiumError as cause:
             raise _broken(ref, cause) from cause
 
 
@@ -134,7 +137,7 @@ def _draw(page: PdfPage, width: int, height: int, limit_s: float) -> Image.Image
     status = pdfium.FPDF_RenderPageBitmap_Start(*how, pause)
     pdfium.FPDF_RenderPage_Close(page)
     if status == pdfium.FPDF_RENDER_TOBECONTINUED:
-        raise TimeoutError(f"a page takes over {limit_s:g} s to draw")
+        raise TimeoutError
     if status != pdfium.FPDF_RENDER_DONE:
         raise PdfiumError("a page cannot be drawn")
     if page.formenv:
