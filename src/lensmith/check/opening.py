@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from lensmith.config.tree import PACK_TOKENS
 from lensmith.data.encode import Encoder
-from lensmith.data.source import SampleSource, open_source
+from lensmith.data.source import Samples, read_samples
 from lensmith.errors import ModelError
 from lensmith.rundir import RunDir
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from lensmith.check.report import Side
     from lensmith.config.tree import RunConfig
 
+HUB_WAIT_S, HTTPS_PORT = 5.0, 443
+"""A hub that does not answer within that is not waited for: asking it for each file would take minutes."""
 RATE_STEPS = 20
 """Newest steps of the run folder whose speed is taken for that of the steps to come."""
 
@@ -28,10 +33,11 @@ def open_encoder(config: RunConfig) -> tuple[Encoder, list[str]]:
     from lensmith.model.names import TINY, resolve_model
 
     name, told = config.model, []
+    is_remote = resolve_model(name) == name
     try:
-        processor = load_processor(name)
+        processor = load_processor(name, cached_only=is_remote and not hub_answers())
     except ModelError:
-        if resolve_model(name) != name:  # a folder, which is there and broken
+        if not is_remote:  # a folder, which is there and broken
             raise
         processor = load_processor(TINY)
         told = [f"{name} is not on this machine and cannot be fetched, so its tokenizer is not known here."]
@@ -43,16 +49,30 @@ def open_encoder(config: RunConfig) -> tuple[Encoder, list[str]]:
     return Encoder.from_processor(processor, config.data.image), told
 
 
-def open_sides(config: RunConfig, encoder: Encoder) -> dict[Side, SampleSource]:
+def hub_answers() -> bool:
+    """Whether the Hugging Face Hub can be reached; through a proxy, it is believed to be."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    address = urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or HTTPS_PORT), HUB_WAIT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def open_sides(config: RunConfig) -> dict[Side, Samples]:
     """The files of data.train, and those of data.test unless it is a share of them.
 
     Raises:
         ConfigError, DataError: there is no data file, or it is missing or empty as a whole.
     """
-    sides: dict[Side, SampleSource] = {"train": open_source(config.data, encoder, which="train")}
-    if isinstance(config.data.test, str):
-        sides["test"] = open_source(config.data, encoder, which="test")
-    return sides
+    sides: tuple[Side, ...] = ("train", "test") if isinstance(config.data.test, str) else ("train",)
+    return {side: read_samples(config.data, which=side) for side in sides}
 
 
 def choose_budget(config: RunConfig) -> tuple[int, list[str]]:

@@ -22,11 +22,11 @@ from lensmith.check.summary import (
 )
 from lensmith.data.measure import Measurer
 from lensmith.data.pool import CHUNK_ROWS, PARALLEL_ROWS, in_chunks
+from lensmith.data.source import SampleSource, open_source
 
 if TYPE_CHECKING:
     from lensmith.config.tree import RunConfig
     from lensmith.data.box_evidence import BoxTally
-    from lensmith.data.source import SampleSource
 
 Say = Callable[[Any], None]
 Progress = Callable[[int, int], None]
@@ -72,14 +72,15 @@ def run_check(
         ModelError: config.model is no Qwen3-VL.
     """
     started = time.monotonic()
+    samples = open_sides(config)  # first, because a wrong path should be told at once
     encoder, told = open_encoder(config)
-    sources = open_sides(config, encoder)
+    sources = {side: open_source(config.data, encoder, which=side, samples=opened) for side, opened in samples.items()}
     budget_tokens, assumed = choose_budget(config)
     sentences = [*told, *assumed, *([] if decode else [QUICK])]
     for sentence in (*(line for source in sources.values() for line in source.sentences), *sentences):
         say(sentence)
     tally = Tally()
-    gatherings: dict[Side, Gathering] = {side: Gathering(side, source, tally) for side, source in sources.items()}
+    gatherings = {side: Gathering(side, source, tally) for side, source in sources.items()}
     workers = config.data.workers if workers is None else workers
     _read(gatherings, config, budget_tokens, decode=decode, workers=workers, progress=progress)
     sides = [gathered for gathering in gatherings.values() if (gathered := gathering.joined())]

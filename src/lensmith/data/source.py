@@ -200,14 +200,17 @@ class SampleSource:
         return header
 
 
-def open_source(data: Data, encoder: Encoder, *, which: Which) -> SampleSource:
+def open_source(data: Data, encoder: Encoder, *, which: Which, samples: Samples | None = None) -> SampleSource:
     """The files of data.train or data.test, with an encoder.
+
+    Args:
+        samples: those of `which`, where they are open already.
 
     Raises:
         ConfigError: the config names no such file, or token limits that contradict.
         DataError: a file is missing or empty, or no column of it looks like the answer.
     """
-    samples = read_samples(data, which=which)
+    samples = read_samples(data, which=which) if samples is None else samples
     for number, file in enumerate(samples.files):
         if file.limits is not None:
             check_policy(*encoder.limits(file.limits), setting=f"data.{which}[{number}].image")

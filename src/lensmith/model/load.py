@@ -157,15 +157,17 @@ def count_parameters(architecture: Qwen3VLConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_processor(name: str) -> Qwen3VLProcessor:
+def load_processor(name: str, *, cached_only: bool = False) -> Qwen3VLProcessor:
     """The checkpoint's own processor: tokenizer, image processor and chat template.
+
+    `cached_only`: ask no hub, which may take minutes to not answer.
 
     Raises ModelError if it is not there, of another kind, or without a chat template.
     """
     from transformers import AutoProcessor, Qwen3VLProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(resolve_model(name))
+        processor = AutoProcessor.from_pretrained(resolve_model(name), local_files_only=cached_only)
     except (OSError, ValueError) as cause:
         raise ModelError(
             f"model={name}: its processor (tokenizer, image processor, chat template) could not be loaded: "
