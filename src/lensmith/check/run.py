@@ -74,13 +74,15 @@ def run_check(
     started = time.monotonic()
     samples = open_sides(config)  # first, because a wrong path should be told at once
     encoder, told = open_encoder(config)
-    sources = {side: open_source(config.data, encoder, which=side, samples=opened) for side, opened in samples.items()}
+    sources: dict[Side, SampleSource] = {
+        side: open_source(config.data, encoder, which=side, samples=opened) for side, opened in samples.items()
+    }
     budget_tokens, assumed = choose_budget(config)
     sentences = [*told, *assumed, *([] if decode else [QUICK])]
     for sentence in (*(line for source in sources.values() for line in source.sentences), *sentences):
         say(sentence)
     tally = Tally()
-    gatherings = {side: Gathering(side, source, tally) for side, source in sources.items()}
+    gatherings: dict[Side, Gathering] = {side: Gathering(side, source, tally) for side, source in sources.items()}
     workers = config.data.workers if workers is None else workers
     _read(gatherings, config, budget_tokens, decode=decode, workers=workers, progress=progress)
     sides = [gathered for gathering in gatherings.values() if (gathered := gathering.joined())]

@@ -3,7 +3,7 @@
 The vocabulary is walked in pieces. A frozen head is read once per step, like the keys and values of flash attention:
 
     logprob  = logit[target] - log sum_v exp(logit_v)
-    gradient = (1 - p_target) W_target - sum_{v != target} p_v W_v          of the logprob, for the hidden row
+    gradient = sum_{v != target} p_v (W_target - W_v)                       of the logprob, for the hidden row
 
 so each piece adds to the sum of exponentials and, weighted by them, to the sum of head rows; both are rescaled when a
 larger logit turns up (arXiv:1805.02867). The backward pass is then one multiplication, and a head that lives in host
@@ -85,10 +85,10 @@ class _Logprobs(torch.autograd.Function):
         walk = _Walk(hidden, targets, wants_direction=ctx.needs_input_grad[0] and trained is None)
         for start, piece in source.pieces(words):
             walk.visit(start, piece)
-        lse, logprobs = walk.lse(), walk.logprobs()
+        lse = walk.lse()
         ctx.source, ctx.words = source, words
-        ctx.save_for_backward(walk.direction(logprobs), *((hidden, targets, lse) if trained is not None else ()))
-        return logprobs
+        ctx.save_for_backward(walk.direction(), *((hidden, targets, lse) if trained is not None else ()))
+        return walk.chosen - lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,12 +116,12 @@ class _Walk:
         self.hidden, self.targets = hidden, targets
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.largest = hidden.new_full((len(hidden),), -torch.inf, dtype=wide)
-        self.total = hidden.new_zeros(len(hidden), dtype=wide)
-        """Sum of exp(logit - largest)."""
+        self.rest = hidden.new_zeros(len(hidden), dtype=wide)
+        """Sum of exp(logit - largest) over all words but the target."""
         self.chosen = hidden.new_zeros(len(hidden), dtype=wide)
         """Logit of the target."""
         self.others = torch.zeros_like(hidden, dtype=wide) if wants_direction else None
-        """Sum of exp(logit - largest) times the head's row, over all words but the target."""
+        """The same sum, of each word's exponential times the head's row."""
         self.own = torch.zeros_like(hidden) if wants_direction else None
         """The head's row of the target."""
 
@@ -132,23 +132,23 @@ class _Walk:
         largest = torch.maximum(self.largest, weights_RV.amax(1))
         shrink = (self.largest - largest).exp()
         weights_RV.sub_(largest[:, None]).exp_()
-        self.total, self.largest = self.total * shrink + weights_RV.sum(1), largest
+        weights_RV.scatter_(1, local[:, None], weights_RV.gather(1, local[:, None]).masked_fill_(here[:, None], 0))
+        self.rest, self.largest = self.rest * shrink + weights_RV.sum(1), largest
         if self.others is not None and self.own is not None:
-            weights_RV.scatter_(1, local[:, None], weights_RV.gather(1, local[:, None]).masked_fill_(here[:, None], 0))
             self.others.mul_(shrink[:, None]).add_(weights_RV.to(piece.dtype) @ piece)
             self.own = torch.where(here[:, None], piece[local], self.own)
 
+    def _total(self) -> Float[Tensor, " rows"]:
+        return self.rest + (self.chosen - self.largest).exp()
+
     def lse(self) -> Float[Tensor, " rows"]:
-        return self.largest + self.total.log()
+        return self.largest + self._total().log()
 
-    def logprobs(self) -> Float[Tensor, " rows"]:
-        return self.chosen - self.lse()
-
-    def direction(self, logprobs: Float[Tensor, " rows"]) -> Float[Tensor, "rows width"]:
+    def direction(self) -> Float[Tensor, "rows width"]:
         """Gradient of each log-probability for its hidden row; empty where nobody asked."""
         if self.others is None or self.own is None:
             return self.hidden.new_empty(0)
-        return (-logprobs.expm1()[:, None] * self.own - self.others.div_(self.total[:, None])).to(self.hidden.dtype)
+        return ((self.rest[:, None] * self.own - self.others) / self._total()[:, None]).to(self.hidden.dtype)
 
 
 def _inside(targets: Tensor, start: int, words: int) -> tuple[Tensor, Tensor]:
