@@ -43,8 +43,8 @@ def open_encoder(config: RunConfig) -> tuple[Encoder, list[str]]:
         told = [f"{name} is not on this machine and cannot be fetched, so its tokenizer is not known here."]
     if told or name == TINY:
         told += [
-            f"Token counts: images as every Qwen3-VL counts them, texts by the tokenizer of {TINY}, which has 2,000 words "
-            "and needs two to three times as many tokens as Qwen3-VL's. Set model to the folder of yours for exact counts."
+            f"Token counts: images as every Qwen3-VL counts them, texts by the tokenizer of {TINY}, which knows fewer words "
+            "than Qwen3-VL's and needs more tokens. Set model to the folder of yours for exact counts."
         ]
     return Encoder.from_processor(processor, config.data.image), told
 
