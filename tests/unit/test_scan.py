@@ -104,7 +104,7 @@ def test_bad_rows_stop_the_scan_with_the_first_few_and_the_way_out(scan_of):
     assert lines[0].startswith("  rows.jsonl:14: ")
     assert "gone.png is missing" in lines[0]
     assert lines[5] == "  and 3 more"
-    assert last == "Mend them, or set data.on_bad_row=skip to leave them out."
+    assert last == "Mend them (`lensmith check` lists them all), or set data.on_bad_row=skip to leave them out."
 
 
 def test_no_usable_row_stops_the_scan_even_when_bad_rows_are_skipped(scan_of):

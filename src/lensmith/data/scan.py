@@ -312,9 +312,9 @@ def _stop_for(scan: Scan, on_long: str, on_bad_row: str) -> None:
     stopping = scan.refused if on_bad_row == "error" else too_long if on_long == "error" else Refusals()
     if stopping:
         way_out = (
-            "Mend them, or set data.on_long=shrink or drop."
+            "Mend them (`lensmith check` lists them all), or set data.on_long=shrink or drop."
             if len(stopping) == len(too_long) and on_long == "error"
-            else "Mend them, or set data.on_bad_row=skip to leave them out."
+            else "Mend them (`lensmith check` lists them all), or set data.on_bad_row=skip to leave them out."
         )
         lines = stopping.lines(SHOWN_ROWS)
         raise DataError(f"{len(stopping):,} of {scan.rows_in:,} rows cannot be used:\n{lines}\n{way_out}")
