@@ -99,7 +99,7 @@ def test_a_clean_copy_is_clean_and_holds_the_same_good_rows(check, broken, tmp_p
     assert code == 1  # of the data that was checked
     assert {path: path.read_bytes() for path in broken.iterdir()} == before
     assert "the original is as it was." in screen
-    left_out = [json.loads(line) for line in (tmp_path / "clean" / "left-out.jsonl").open()]
+    left_out = [json.loads(line) for line in (tmp_path / "clean" / "left-out.ndjson").open()]
     copies = next(finding["count"] for finding in told["findings"] if finding["code"] == "duplicate_row")
     assert len(left_out) == told["refused"] + copies
     assert f"Left out {len(left_out)} rows: " in screen

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lensmith.data.source import DataFile
     from lensmith.types import Role, Sample
 
-LEFT_OUT = "left-out.jsonl"
+LEFT_OUT = "left-out.ndjson"
 CHUNK_ROWS = 32
 """Rows per task of a worker; each has pictures to decode and to copy."""
 COPY = "duplicate_row"

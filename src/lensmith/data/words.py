@@ -8,6 +8,7 @@ text, and any tokenizer with another pattern, goes to the tokenizer whole (tests
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,9 @@ ASCII_SPLIT = re.compile(
 )
 """The same for texts within ASCII."""
 
-KNOWN_WORDS, LONGEST_WORD = 32_768, 64
-"""So many words of at most so many characters are remembered, about 200 bytes each; a text that is not split counts as a
-word, so that templated questions of any script are remembered too."""
+KNOWN_WORDS, LONGEST_WORD = 65_536, 64
+"""So many words of at most so many characters are remembered, about 250 bytes each, and then all forgotten. A text that is
+not split counts as a word, so that templated questions of any script are remembered too."""
 
 
 class WordTokenizer:
@@ -53,16 +54,26 @@ class WordTokenizer:
     def __call__(self, text: str) -> list[int]:
         """Ids of a text."""
         is_plain = self._splits and text.isascii() and not self._added.search(text)
+        words = ASCII_SPLIT.findall(text) if is_plain else [text]
         ids: list[int] = []
-        for word in ASCII_SPLIT.findall(text) if is_plain else (text,):
+        for word in words:
             known = self._known.get(word)
-            ids += self._learn(word) if known is None else known
+            if known is None:
+                return self._learn(text, words)
+            ids += known
         return ids
 
-    def _learn(self, word: str) -> list[int]:
-        ids = self._whole.encode(word, add_special_tokens=False).ids
-        if len(word) <= LONGEST_WORD and len(self._known) < KNOWN_WORDS:
-            self._known[word] = ids
+    def _learn(self, text: str, words: list[str]) -> list[int]:
+        """Ids of a text and, for the next one, those of its words: cutting them one by one would take longer than all."""
+        cut = self._whole.encode(text, add_special_tokens=False)
+        ids = cut.ids
+        if len(self._known) > KNOWN_WORDS - len(words):
+            self._known.clear()  # a new topic has new words
+        starts = [place for place, (word, last) in enumerate(itertools.pairwise([None, *cut.word_ids])) if word != last]
+        starts = starts if self._splits and len(words) > 1 else [0]
+        for word, start, stop in zip(words, starts, [*starts[1:], len(ids)], strict=True):
+            if len(word) <= LONGEST_WORD:
+                self._known[word] = ids[start:stop]
         return ids
 
 
