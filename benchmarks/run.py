@@ -129,7 +129,7 @@ def record(options: argparse.Namespace, run: Path, result: Any) -> dict[str, Any
         name,
         f"{options.size}, {options.samples} samples a step, recompute {options.recompute} {settings}".strip(),
         round(statistics.median(step["step_s"] for step in steps), 3),
-        f"s per {options.samples} samples",
+        f"s per {options.samples} samples" if options.samples > 1 else "s per sample",
         command=f"python benchmarks/run.py {'--random KIT' if options.random else 'CHECKPOINT'} --size {options.size} "
         f"--recompute {options.recompute} --samples {options.samples} --steps {options.steps}"
         + (" --low" if options.low else "")

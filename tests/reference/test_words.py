@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from lensmith.data.words import KNOWN_WORDS, LONGEST_WORD, QWEN_SPLIT, WordTokenizer
+from lensmith.data.words import LONGEST_WORD, QWEN_SPLIT, WordTokenizer
 
 ASCII = [chr(code) for code in range(128)]
 
@@ -55,7 +55,7 @@ def test_added_tokens_in_a_text_mean_what_they_mean_to_the_tokenizer(words, whol
     assert pickle.loads(pickle.dumps(words))(text) == whole(text)
 
 
-def test_words_are_cut_once_and_what_is_remembered_is_bounded(backend):
+def test_words_are_cut_once_and_what_is_remembered_is_bounded(backend, monkeypatch):
     words = WordTokenizer(backend)
     text = "the chart shows the chart"
     assert words(text) == words(text)
@@ -63,9 +63,17 @@ def test_words_are_cut_once_and_what_is_remembered_is_bounded(backend):
     words("x" * (LONGEST_WORD + 1))
     words("中" * (LONGEST_WORD + 1))
     assert max(map(len, words._known)) <= LONGEST_WORD
-    for number in range(KNOWN_WORDS + 100):
-        words("".join("abcdefghij"[int(digit)] for digit in str(number)))
-    assert len(words._known) == KNOWN_WORDS
+    monkeypatch.setattr("lensmith.data.words.KNOWN_WORDS", 100)  # instead of 65,536
+    for number in range(300):
+        words("".join("abcdefghij"[int(digit)] for digit in str(number)) + " and so on")
+        assert len(words._known) <= 100
+
+
+def test_a_word_cut_among_others_is_cut_as_it_is_alone(backend, whole):
+    words = WordTokenizer(backend)
+    words("It's 2026:\n\n  unbelievable,isn't it?!")
+    assert {word: ids for word, ids in words._known.items() if ids != whole(word)} == {}
+    assert len(words._known) > 10
 
 
 def test_a_tokenizer_with_another_pattern_is_asked_whole(backend, whole):

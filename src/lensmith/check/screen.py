@@ -103,7 +103,7 @@ def _bars(histogram: Histogram) -> Iterator[str]:
         all_tokens = image[number] + text[number]
         images = round(columns * image[number] / all_tokens) if all_tokens else 0
         bar = IMAGE_BAR * images + TEXT_BAR * (columns - images)
-        yield f"{INDENT}{edges[number]:>{width},} - {edges[number + 1]:>{width},}  {bar} {rows[number]:,}".rstrip()
+        yield f"{INDENT}{edges[number]:>{width},} - {edges[number + 1]:>{width},}  {bar}{' ' if bar else ''}{rows[number]:,}"
 
 
 def _coarser(histogram: Histogram) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
@@ -140,7 +140,7 @@ def _about_images(report: CheckReport) -> Iterator[str]:
 
 def _about_answers(report: CheckReport) -> Iterator[str]:
     answers, told = report.answers, {}
-    told["length"] = _spread(answers.characters, "characters")
+    told["length"] = _spread(answers.characters, "character")
     told["different"] = f"{answers.different:,}"
     if answers.most_common:
         text, count = answers.most_common
@@ -191,12 +191,12 @@ def _wrapped(text: str, indent: str) -> Iterator[str]:
     )
 
 
-def _spread(spread: Spread | None, unit: str = "tokens") -> str:
+def _spread(spread: Spread | None, unit: str = "token") -> str:
     if spread is None:
         return "none"
     if spread.min == spread.max:
-        return f"{spread.min:,.0f} {unit}"
-    return f"{spread.min:,.0f} to {spread.max:,.0f} {unit}, {spread.median:,.0f} in the median"
+        return counted(round(spread.min), unit)
+    return f"{spread.min:,.0f} to {spread.max:,.0f} {unit}s, {spread.median:,.0f} in the median"
 
 
 def _sides(width: Spread | None, height: Spread | None) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,16 +65,16 @@ class WordTokenizer:
         return ids
 
     def _learn(self, text: str, words: list[str]) -> list[int]:
-        """Ids of a text and, for the next one, those of its words: cutting them one by one would take longer than all."""
-        cut = self._whole.encode(text, add_special_tokens=False)
-        ids = cut.ids
-        if len(self._known) > KNOWN_WORDS - len(words):
+        """Ids of a text, and those of its words for the next one: cutting the unknown ones alone would take longer."""
+        whole = self._whole.encode(text, add_special_tokens=False)
+        ids = whole.ids
+        if len(self._known) + len(words) > KNOWN_WORDS:
             self._known.clear()  # a new topic has new words
-        starts = [place for place, (word, last) in enumerate(itertools.pairwise([None, *cut.word_ids])) if word != last]
-        starts = starts if self._splits and len(words) > 1 else [0]
-        for word, start, stop in zip(words, starts, [*starts[1:], len(ids)], strict=True):
+        of_words = itertools.groupby(zip(whole.word_ids, ids, strict=True), key=itemgetter(0))
+        cut = [ids] if len(words) == 1 else [[number for _, number in pairs] for _, pairs in of_words]
+        for word, piece in zip(words, cut, strict=True):
             if len(word) <= LONGEST_WORD:
-                self._known[word] = ids[start:stop]
+                self._known[word] = piece
         return ids
 
 
