@@ -31,6 +31,9 @@ KNOWN_WORDS, LONGEST_WORD = 65_536, 64
 """So many words of at most so many characters are remembered, about 250 bytes each, and then all forgotten. A text that is
 not split counts as a word, so that templated questions of any script are remembered too."""
 
+FEW_WORDS = 4
+"""Up to so many new words of a text are cut one by one, at 5 µs each; more take longer than the whole text."""
+
 
 class WordTokenizer:
     """A checkpoint's tokenizer for plain text, in which special tokens are nothing but characters; picklable."""
@@ -56,20 +59,23 @@ class WordTokenizer:
         """Ids of a text."""
         is_plain = self._splits and text.isascii() and not self._added.search(text)
         words = ASCII_SPLIT.findall(text) if is_plain else [text]
+        known = self._known
+        if len(known) + len(words) > KNOWN_WORDS:
+            known.clear()  # a new topic has new words
+        new = [word for word in words if word not in known]
+        if len(new) > FEW_WORDS or any(len(word) > LONGEST_WORD for word in new):
+            return self._learn(text, words)
+        for word in new:
+            self._learn(word, [word])
         ids: list[int] = []
         for word in words:
-            known = self._known.get(word)
-            if known is None:
-                return self._learn(text, words)
-            ids += known
+            ids += known[word]
         return ids
 
     def _learn(self, text: str, words: list[str]) -> list[int]:
-        """Ids of a text, and those of its words for the next one: cutting the unknown ones alone would take longer."""
+        """Ids of a text, and those of its words for the next one."""
         whole = self._whole.encode(text, add_special_tokens=False)
         ids = whole.ids
-        if len(self._known) + len(words) > KNOWN_WORDS:
-            self._known.clear()  # a new topic has new words
         of_words = itertools.groupby(zip(whole.word_ids, ids, strict=True), key=itemgetter(0))
         cut = [ids] if len(words) == 1 else [[number for _, number in pairs] for _, pairs in of_words]
         for word, piece in zip(words, cut, strict=True):
