@@ -12,8 +12,10 @@ from PIL import Image
 from tests.fixtures.make_broken import Expected, chat, jpeg, make_broken, photo, raw, row, save
 
 from lensmith.check.findings import CODES, SEVERITIES, CheckCode
+from lensmith.check.inspect import Inspector
 from lensmith.check.report import CheckReport
 from lensmith.check.run import run_check
+from lensmith.check.screen import check_screen
 from lensmith.config.read import read_config
 from lensmith.errors import RowCode
 
@@ -177,3 +179,14 @@ def test_ctrl_c_leaves_a_report_of_the_rows_so_far(check, tmp_path):
     assert 0 < report.rows < 100
     assert report.verdict.startswith(f"Stopped by Ctrl-C, so this is only a part: {report.rows} of 100 rows read = ")
     assert report.to_json()["partial"] is True
+
+
+def test_ctrl_c_before_the_first_row_leaves_an_empty_report(check, monkeypatch):
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Inspector, "inspect", stop)
+    report = check([row([], "2 + 2?", "4")])
+    assert (report.rows, report.rows_in_all, report.findings) == (0, 1, ())
+    assert report.is_partial
+    assert list(check_screen(report))[-1] == "nothing found."
