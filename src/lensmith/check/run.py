@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +131,25 @@ def _read(
                 chunk_rows=chunk_rows,
                 parallel_rows=parallel_rows,
             ):
-                gathering.add(part)
+                with _uninterrupted():
+                    gathering.add(part)
                 done += part.num_rows
                 progress(done, total)
     except KeyboardInterrupt:
         return  # the report says how far it came
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: rows half added would have some of their numbers and not the others."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
