@@ -153,8 +153,6 @@ class Encoder:
 
         Thinking checkpoints do so: their generation prompt opens a thought, and earlier turns are shown without any.
         """
-        if sum(message.role == "assistant" for message in sample.messages) < 2:
-            return 0
         return self._skeleton(sample, sample.messages, prompt_only=False).unlearned_answers
 
     def _skeleton(self, sample: Sample, messages: Sequence[Message], *, prompt_only: bool) -> Skeleton:

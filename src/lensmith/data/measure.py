@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from lensmith.data.refusals import Refusal, Refusals
 from lensmith.errors import RowError
@@ -21,12 +20,6 @@ ROW_NUMBERS = {"rows": "q", "tokens": "i", "learned": "i", "prefix_tokens": "i",
 IMAGE_NUMBERS = {"image_rows": "q", "image_keys": "q", "image_scales": "f", "image_changes": "b", "image_frames": "i"}
 """Measured of each image and video of such a row: its row, a digest of its key, side seen / side on disk, -1 where max_tokens
 reduced it or 1 where min_tokens enlarged it, and the frames seen of a video, 0 for an image. 25 bytes."""
-
-BATCH_ROWS = 32
-"""Rows that take each step together: the code of one step then stays in the processor's nearest cache, and a scan takes
-two thirds of the time."""
-
-T = TypeVar("T")
 
 
 def _arrays() -> dict[str, array[Any]]:
@@ -84,18 +77,12 @@ class Measurer:
     def measure(self, start: int, stop: int) -> Chunk:
         """Rows start .. stop - 1; those that cannot be used are refused, with the reason."""
         chunk = Chunk()
-        for first in range(start, stop, BATCH_ROWS):
-            rows = range(first, min(first + BATCH_ROWS, stop))
-            samples = [_tried(self.source.sample, row) for row in rows]
-            fitted = [
-                sample if isinstance(sample, RowError) else _tried(self.fit, row, sample)
-                for row, sample in zip(rows, samples, strict=True)
-            ]
-            for row, sample, found in zip(rows, samples, fitted, strict=True):
-                if isinstance(found, Fitted) and isinstance(sample, Sample):
-                    self.add(row, sample, found, chunk)
-                elif isinstance(found, RowError):
-                    chunk.refused.add(Refusal(found.where, found.code, found.sentence))
+        for row in range(start, stop):
+            try:
+                sample = self.source.sample(row)
+                self.add(row, sample, self.fit(row, sample), chunk)
+            except RowError as fault:
+                chunk.refused.add(Refusal(fault.where, fault.code, fault.sentence))
         return chunk
 
     def fit(self, row: int, sample: Sample) -> Fitted:
@@ -180,14 +167,6 @@ class Measurer:
         height, width = image.original_px
         natural = round(height / side) * round(width / side)
         return (image.tokens > natural) - (image.tokens < natural)
-
-
-def _tried(step: Callable[..., T], *arguments: Any) -> T | RowError:
-    """What the step returns, or raises."""
-    try:
-        return step(*arguments)
-    except RowError as fault:
-        return fault
 
 
 def _needs(encoded: Encoded) -> str:

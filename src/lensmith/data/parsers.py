@@ -119,12 +119,9 @@ def _parse_jpeg(view: View) -> Facts:
 
 def _segments(view: View) -> Iterator[tuple[int, int, int]]:
     """Marker, start and length of what each segment holds, up to the first scan."""
-    place, head = 2, view.head
+    place = 2
     while True:
-        if place + SEGMENT_START.size <= len(head):
-            always, kind, length = SEGMENT_START.unpack_from(head, place)
-        else:
-            always, kind, length = SEGMENT_START.unpack(view.at(place, SEGMENT_START.size))
+        always, kind, length = SEGMENT_START.unpack(view.at(place, SEGMENT_START.size))
         if always != 0xFF or length < 2:
             raise Unclear
         if kind == SOS:

@@ -7,11 +7,12 @@ open_source(config.data, ...)    the same with an encoder, for scanning and trai
 from __future__ import annotations
 
 import itertools
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
 
 from lensmith.config.tree import Boxes, Data, Source
 from lensmith.data.boxes import describe_conversion
@@ -62,7 +63,7 @@ class Samples(Sequence[Sample]):
     def __init__(self, files: Sequence[DataFile], *, reasoning: Literal["keep", "drop"]) -> None:
         self.files = tuple(files)
         self.reasoning: Literal["keep", "drop"] = reasoning
-        self._stops = list(itertools.accumulate(len(file.rows) for file in files))
+        self._stops = np.cumsum([len(file.rows) for file in files])
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -72,13 +73,14 @@ class Samples(Sequence[Sample]):
     @property
     def spans(self) -> list[tuple[range, float]]:
         """Row numbers of each file, and how often each of its rows is to be seen per epoch."""
-        starts = [0, *self._stops[:-1]]
+        starts = [0, *self._stops[:-1].tolist()]
         return [
-            (range(start, stop), file.weight) for start, stop, file in zip(starts, self._stops, self.files, strict=True)
+            (range(start, stop), file.weight)
+            for start, stop, file in zip(starts, self._stops.tolist(), self.files, strict=True)
         ]
 
     def __len__(self) -> int:
-        return self._stops[-1]
+        return int(self._stops[-1])
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -101,8 +103,8 @@ class Samples(Sequence[Sample]):
 
     def place(self, index: int) -> tuple[int, int]:
         """Number of the file that holds a row, and the row's number in that file."""
-        number = bisect(self._stops, index)
-        return number, index - self._stops[number] + len(self.files[number].rows)
+        number = int(np.searchsorted(self._stops, index, side="right"))
+        return number, index - int(self._stops[number]) + len(self.files[number].rows)
 
 
 class SampleSource:
