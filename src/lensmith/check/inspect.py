@@ -19,7 +19,7 @@ from lensmith.check.keys import digest, row_keys
 from lensmith.check.pictures import Look, look_at
 from lensmith.check.texts import SCRIPTS, count_scripts, ends_in_loop, media_tokens
 from lensmith.data.box_evidence import BoxTally, audit_boxes
-from lensmith.data.measure import BATCH_ROWS, Chunk, Measurer
+from lensmith.data.measure import Chunk, Measurer
 from lensmith.data.refs import NOT_THERE
 from lensmith.errors import RowError
 from lensmith.types import ImageRef, counted
@@ -109,38 +109,19 @@ class Inspector:
     def inspect(self, start: int, stop: int) -> Part:
         """Rows start .. stop - 1; nothing that is wrong with them is raised."""
         part, texts = Part(stop - start), list[str]()
-        for first in range(start, stop, BATCH_ROWS):
-            rows = range(first, min(first + BATCH_ROWS, stop))
-            read = [self._read(row) for row in rows]
-            looks = [{} if sample is None else self._look_at_all(sample) for sample, _ in read]
-            for row, (sample, refusals), seen in zip(rows, read, looks, strict=True):
-                if sample is None:
-                    part.report(row, refusals[-1].where, refusals)
-                else:
-                    self._inspect_row(row, sample, refusals, seen, part, texts)
+        for row in range(start, stop):
+            self._inspect_row(row, part, texts)
         part.scripts = count_scripts("".join(texts))
         return part
 
-    def _read(self, row: int) -> tuple[Sample | None, list[RowError]]:
-        """The row as far as it can be read, and what is wrong with it."""
+    def _inspect_row(self, row: int, part: Part, texts: list[str]) -> None:
         refusals: list[RowError] = []
         try:
-            return self.measurer.source.samples.read(row, refusals), refusals
+            sample = self.measurer.source.samples.read(row, refusals)
         except RowError as fault:
-            return None, [*refusals, fault]
-
-    def _look_at_all(self, sample: Sample) -> dict[ImageRef, Look]:
-        return {ref: self.look(ref) for ref in sample.images if ref != NOT_THERE}
-
-    def _inspect_row(
-        self,
-        row: int,
-        sample: Sample,
-        refusals: list[RowError],
-        looks: Mapping[ImageRef, Look],
-        part: Part,
-        texts: list[str],
-    ) -> None:
+            part.report(row, fault.where, [*refusals, fault])
+            return
+        looks = {ref: self.look(ref) for ref in sample.images if ref != NOT_THERE}
         refusals += [look.fault.at(sample.where) for look in looks.values() if look.fault is not None]
         notes = [*_odd_pictures(looks), *odd_texts(sample)]
         if not refusals:
