@@ -8,10 +8,9 @@ text, and any tokenizer with another pattern, goes to the tokenizer whole (tests
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from operator import itemgetter
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,11 +75,13 @@ class WordTokenizer:
         """Ids of a text, and those of its words for the next one."""
         whole = self._whole.encode(text, add_special_tokens=False)
         ids = whole.ids
-        of_words = itertools.groupby(zip(whole.word_ids, ids, strict=True), key=itemgetter(0))
-        cut = [ids] if len(words) == 1 else [[number for _, number in pairs] for _, pairs in of_words]
-        for word, piece in zip(words, cut, strict=True):
+        lengths = Counter(whole.word_ids) if len(words) > 1 else {0: len(ids)}
+        start = 0
+        for number, word in enumerate(words):
+            stop = start + lengths[number]
             if len(word) <= LONGEST_WORD:
-                self._known[word] = piece
+                self._known[word] = ids[start:stop]
+            start = stop
         return ids
 
 
