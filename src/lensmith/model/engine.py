@@ -10,7 +10,7 @@ every other tool see an ordinary Qwen3VLForConditionalGeneration.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from lensmith.errors import ModelError
 from lensmith.model.attention import Layout, attend, build_layout, kept_runs, segment_runs
 from lensmith.model.features import FeatureStore, image_features
-from lensmith.model.head import token_logprobs
+from lensmith.model.head import token_logprobs, token_logprobs_and_entropies
 from lensmith.model.hosted import HostHead, Visitors
 from lensmith.model.kernels import rms_norm, rotate, swiglu
 from lensmith.model.lora import Shadows, project
@@ -47,7 +47,6 @@ class Route:
     predictors: Int[Tensor, " learned"]
     """For each learned token the index into `kept` of the row that predicts it."""
     targets: Int[Tensor, " learned"]
-    image_rows: Int[Tensor, " image_tokens"]
 
 
 class Engine(Qwen3VLForConditionalGeneration):
@@ -96,18 +95,24 @@ class Engine(Qwen3VLForConditionalGeneration):
 
     def pack_logprobs(self, pack: Pack) -> Float[Tensor, " learned"]:
         """Log-probability of each learned token of the pack, in the order of the tokens; fp32 (float64 in float64)."""
+        hidden, targets = self._learned_hidden(pack)
+        return token_logprobs(hidden, self._head_weight(), targets)
+
+    def pack_scores(
+        self, pack: Pack, *, temperature: float = 1.0
+    ) -> tuple[Float[Tensor, " learned"], Float[Tensor, " learned"]]:
+        """As `pack_logprobs`, of the distribution at `temperature`, with its entropy in nats (which has no gradient)."""
+        hidden, targets = self._learned_hidden(pack)
+        hidden = hidden if temperature == 1.0 else hidden / temperature  # logits are linear in it
+        return token_logprobs_and_entropies(hidden, self._head_weight(), targets)
+
+    def _learned_hidden(self, pack: Pack) -> tuple[Float[Tensor, "learned width"], Int[Tensor, " learned"]]:
+        """The normed hidden state that predicts each learned token, and the tokens."""
         decoder, device = self.model.language_model, self.place
         route = self._route(pack)
         if self.shadows is not None:
             self.shadows.refresh()
-        deepstack: Sequence[Tensor] = ()
-        if len(pack.grids):
-            recompute = self.recompute == "layers"
-            features = image_features(self.model.visual, pack, device, self.features, recompute=recompute)
-            hidden = self._embed(pack).index_copy(0, route.image_rows, features.tokens.to(decoder.norm.weight.dtype))
-            deepstack = features.deepstack
-        else:
-            hidden = self._embed(pack)
+        hidden, deepstack, image_rows = self.embed_pack(pack)
         rope = tuple(part[0] for part in decoder.rotary_emb(hidden[None], pack.positions[1:, None].to(device)))
         waiting = Waiting(self.host_buffers) if torch.is_grad_enabled() else None
         for index, layer in enumerate(decoder.layers):
@@ -119,14 +124,41 @@ class Engine(Qwen3VLForConditionalGeneration):
             else:
                 hidden = run(hidden, "forward")
             if index < len(deepstack):
-                hidden = hidden.index_add(0, route.image_rows, deepstack[index].to(hidden.dtype))
-        hidden = rms_norm(decoder.norm, hidden)[route.predictors]
-        return token_logprobs(hidden, self._head_weight(), route.targets)
+                hidden = hidden.index_add(0, image_rows, deepstack[index].to(hidden.dtype))
+        return rms_norm(decoder.norm, hidden)[route.predictors], route.targets
 
-    def _embed(self, pack: Pack) -> Float[Tensor, "tokens width"]:
+    def embed_pack(
+        self, pack: Pack
+    ) -> tuple[Float[Tensor, "tokens width"], Sequence[Tensor], Int[Tensor, " image_tokens"]]:
+        """Hidden states before the first layer, features in the places of image tokens; deepstack levels; those places."""
+        media_ids = (self.config.image_token_id, self.config.video_token_id)
+        rows = torch.from_numpy(np.flatnonzero(np.isin(pack.input_ids.numpy(), media_ids)))
+        rows, hidden = rows.to(self.place, non_blocking=True), self.embed(pack.input_ids)
+        if not len(pack.grids):
+            return hidden, (), rows
+        recompute = self.recompute == "layers"
+        features = image_features(self.model.visual, pack, self.place, self.features, recompute=recompute)
+        return hidden.index_copy(0, rows, features.tokens.to(hidden.dtype)), features.deepstack, rows
+
+    def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens width"]:
+        """Rows of the input embedding, on the device, wherever the ids and the embedding are."""
         embed = self.model.language_model.embed_tokens
-        ids = pack.input_ids
-        return embed(ids if embed.weight.device.type == "cpu" else ids.to(self.place, non_blocking=True))
+        return embed(ids.to(embed.weight.device, non_blocking=True))
+
+    def head_logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
+        """Logits of normed hidden states. For a few rows: all words at once."""
+        return self.lm_head(hidden)
+
+    def bring_layer(self, index: int) -> None:
+        """Layer `index` is on the device for what is computed next, as in a forward pass."""
+        if self.visitors is not None and index < len(self.visitors.groups):
+            self.visitors.bring(index, index + 1)
+
+    @property
+    def fetches_weights(self) -> bool:
+        """Whether a forward pass copies weights from host memory."""
+        embedding = self.model.language_model.embed_tokens.weight
+        return self.visitors is not None or isinstance(self.lm_head, HostHead) or embedding.device.type == "cpu"
 
     def _head_weight(self) -> Any:
         return self.lm_head if isinstance(self.lm_head, HostHead | FewBitHead) else self.lm_head.weight
@@ -146,7 +178,7 @@ class Engine(Qwen3VLForConditionalGeneration):
     ) -> Float[Tensor, "rows width"]:
         if self.visitors is not None and index < len(self.visitors.groups):
             self.visitors.bring(index, index + 1 if direction == "forward" else index - 1)
-        return _run_layer(layer, hidden, rope, layout, kept)
+        return run_layer(layer, hidden, rope, layout, kept)
 
     def _route(self, pack: Pack) -> Route:
         device, dtype = self.place, self.model.language_model.norm.weight.dtype
@@ -155,15 +187,12 @@ class Engine(Qwen3VLForConditionalGeneration):
         kept, predictors = np.unique(predecessors(pack.segments)[learned], return_inverse=True)
         tensor = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
         build = functools.partial(build_layout, num_keys=pack.num_tokens, causal=True, device=device, dtype=dtype)
-        media_ids = (self.config.image_token_id, self.config.video_token_id)
-        image_rows = np.flatnonzero(np.isin(pack.input_ids.numpy(), media_ids))
         return Route(
             layout=build(segment_runs(pack.segments)),
             last_layout=build(kept_runs(pack.segments, kept)),
             kept=tensor(kept),
             predictors=tensor(predictors),
             targets=tensor(labels[learned]),
-            image_rows=tensor(image_rows),
         )
 
 
@@ -178,14 +207,18 @@ def predecessors(segments: Sequence[Segment]) -> Int[np.ndarray, " tokens"]:
     return before
 
 
-def _run_layer(
+def run_layer(
     layer: Any,
     hidden: Float[Tensor, "tokens width"],
     rope: tuple[Tensor, Tensor],
     layout: Layout,
     kept: Int[Tensor, " kept"] | None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "rows width"]:
-    """One decoder layer: keys and values of every row; queries, output and MLP of the `kept` rows (None: all)."""
+    """One decoder layer: keys and values of every row; queries, output and MLP of the `kept` rows (None: all).
+
+    `keep` is given keys and values, [tokens, kv_heads, width], rotated as attention reads them.
+    """
     attention = layer.self_attn
     normed = rms_norm(layer.input_layernorm, hidden)
     asking, residual = (normed, hidden) if kept is None else (normed[kept], hidden[kept])
@@ -199,6 +232,8 @@ def _run_layer(
         )
     query, key = rms_norm(attention.q_norm, heads(query)), rms_norm(attention.k_norm, heads(key))
     query, key = rotate(query, key, rope, kept)
+    if keep is not None:
+        keep(key, heads(value))
     mixed = attend(query, key, heads(value), layout, attention.scaling)
     hidden = residual + project((attention.o_proj,), mixed.reshape(len(mixed), -1))[0]
     return hidden + swiglu(layer.mlp, rms_norm(layer.post_attention_layernorm, hidden))

@@ -64,11 +64,23 @@ def token_logprobs(
 
     A `HeadWeight` is frozen; a tensor gets a gradient if it wants one.
     """
+    trained, source, words = _prepare(hidden, head, piece_words)
+    return _Logprobs.apply(hidden, trained, source, targets, words, False)[0]  # type: ignore[index]
+
+
+def token_logprobs_and_entropies(
+    hidden: Float[Tensor, "rows width"], head: Float[Tensor, "vocab width"] | HeadWeight, targets: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """As `token_logprobs`, with the entropy of each row's distribution in nats; the entropies carry no gradient."""
+    trained, source, words = _prepare(hidden, head, None)
+    return _Logprobs.apply(hidden, trained, source, targets, words, True)  # type: ignore[return-value]
+
+
+def _prepare(hidden: Tensor, head: Any, piece_words: int | None) -> tuple[Tensor | None, HeadWeight, int]:
+    """The head where it wants a gradient, the head to walk, and how many of its words at a time."""
     trained = head if isinstance(head, Tensor) and head.requires_grad else None
     source = WholeHead(head.detach()) if isinstance(head, Tensor) else head
-    if piece_words is None:
-        piece_words = max(FEWEST_WORDS, PIECE_BYTES // (4 * max(1, len(hidden))))
-    return _Logprobs.apply(hidden, trained, source, targets, piece_words)  # type: ignore[return-value]
+    return trained, source, piece_words or max(FEWEST_WORDS, PIECE_BYTES // (4 * max(1, len(hidden))))
 
 
 def _logits(hidden_RD: Tensor, piece_VD: Tensor) -> Tensor:
@@ -80,21 +92,30 @@ def _logits(hidden_RD: Tensor, piece_VD: Tensor) -> Tensor:
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, trained: Tensor | None, source: HeadWeight, targets: Tensor, words: int
-    ) -> Tensor:
-        walk = _Walk(hidden, targets, wants_direction=ctx.needs_input_grad[0] and trained is None)
+        ctx: Any,
+        hidden: Tensor,
+        trained: Tensor | None,
+        source: HeadWeight,
+        targets: Tensor,
+        words: int,
+        wants_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wants_direction = ctx.needs_input_grad[0] and trained is None
+        walk = _Walk(hidden, targets, wants_direction=wants_direction, wants_entropy=wants_entropy)
         for start, piece in source.pieces(words):
             walk.visit(start, piece)
         lse = walk.lse()
         ctx.source, ctx.words = source, words
         ctx.save_for_backward(walk.direction(), *((hidden, targets, lse) if trained is not None else ()))
-        return walk.chosen - lse
+        entropy = walk.entropy()
+        ctx.mark_non_differentiable(entropy)
+        return walk.chosen - lse, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_R,), (direction_RD, *kept) = grads, ctx.saved_tensors
+        grad_R, (direction_RD, *kept) = grads[0], ctx.saved_tensors
         if not kept:
-            return (direction_RD * grad_R[:, None]).to(direction_RD.dtype), None, None, None, None
+            return (direction_RD * grad_R[:, None]).to(direction_RD.dtype), None, None, None, None, None
         hidden_RD, targets, lse_R = kept
         grad_hidden = torch.zeros_like(hidden_RD, dtype=lse_R.dtype)
         grad_head = hidden_RD.new_empty(ctx.source.num_words, hidden_RD.shape[1])
@@ -106,13 +127,20 @@ class _Logprobs(torch.autograd.Function):
             delta_RV = delta_RV.mul_(grad_R[:, None]).to(piece_VD.dtype)
             grad_hidden += delta_RV @ piece_VD
             torch.mm(delta_RV.T, hidden_RD, out=grad_head[start : start + len(piece_VD)])
-        return grad_hidden.to(hidden_RD.dtype), grad_head, None, None, None
+        return grad_hidden.to(hidden_RD.dtype), grad_head, None, None, None, None
 
 
 class _Walk:
     """What is known after some pieces of the vocabulary; one entry per row."""
 
-    def __init__(self, hidden: Float[Tensor, "rows width"], targets: Tensor, *, wants_direction: bool) -> None:
+    def __init__(
+        self,
+        hidden: Float[Tensor, "rows width"],
+        targets: Tensor,
+        *,
+        wants_direction: bool,
+        wants_entropy: bool = False,
+    ) -> None:
         self.hidden, self.targets = hidden, targets
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.largest = hidden.new_full((len(hidden),), -torch.inf, dtype=wide)
@@ -122,6 +150,10 @@ class _Walk:
         """Logit of the target."""
         self.others = torch.zeros_like(hidden, dtype=wide) if wants_direction else None
         """The same sum, of each word's exponential times the head's row."""
+        self.mass = torch.zeros_like(self.rest)
+        """Sum of exp(x) over all words, x = logit - largest, where the entropy is wanted."""
+        self.moment = torch.zeros_like(self.rest) if wants_entropy else None
+        """Sum of exp(x) * x."""
         self.own = torch.zeros_like(hidden) if wants_direction else None
         """The head's row of the target."""
 
@@ -132,6 +164,11 @@ class _Walk:
         largest = torch.maximum(self.largest, weights_RV.amax(1))
         shrink = (self.largest - largest).exp()
         weights_RV.sub_(largest[:, None]).exp_()
+        if self.moment is not None:
+            # With a larger logit every x falls by the same: sum e^(x - d) (x - d) = e^-d (moment - d mass).
+            fall = (largest - self.largest).nan_to_num_(posinf=0.0)
+            self.moment = (self.moment - fall * self.mass) * shrink - torch.special.entr(weights_RV).sum(1)
+            self.mass = self.mass * shrink + weights_RV.sum(1)
         weights_RV.scatter_(1, local[:, None], weights_RV.gather(1, local[:, None]).masked_fill_(here[:, None], 0))
         self.rest, self.largest = self.rest * shrink + weights_RV.sum(1), largest
         if self.others is not None and self.own is not None:
@@ -143,6 +180,12 @@ class _Walk:
 
     def lse(self) -> Float[Tensor, " rows"]:
         return self.largest + self._total().log()
+
+    def entropy(self) -> Float[Tensor, " rows"]:
+        """-sum p log p per row in nats; empty where nobody asked."""
+        if self.moment is None:
+            return self.hidden.new_empty(0)
+        return self.mass.log() - self.moment / self.mass
 
     def direction(self) -> Float[Tensor, "rows width"]:
         """Gradient of each log-probability for its hidden row; empty where nobody asked."""
