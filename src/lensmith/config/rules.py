@@ -243,7 +243,38 @@ def _kept_features_need_a_frozen_tower(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _rollouts_belong_to_grpo(config: RunConfig) -> Iterator[Problem]:
+    if config.task == "grpo":
+        return
+    for section in ("grpo", "rollout"):
+        for name in type(getattr(config, section)).model_fields:
+            yield Problem(f"{section}.{name}", "has no effect with task=sft. Remove it, or set task=grpo.")
+
+
+def _groups_fill_a_step(config: RunConfig) -> Iterator[Problem]:
+    if config.task == "grpo" and config.optim.effective_samples % config.grpo.group:
+        yield Problem(
+            "optim.effective_samples",
+            f"but grpo.group={config.grpo.group}: a step holds whole groups, so it must be a multiple of the group. "
+            f"Set it to {max(1, config.optim.effective_samples // config.grpo.group) * config.grpo.group}.",
+        )
+
+
+def _grpo_needs_gradients_in_one_piece(config: RunConfig) -> Iterator[Problem]:
+    if config.task == "grpo" and config.optim.in_backward:
+        yield Problem("optim.in_backward", "but task=grpo takes several packs a step. Remove one of the two.")
+
+
+def _completions_fit_their_packs(config: RunConfig) -> Iterator[Problem]:
+    if config.task == "grpo" and config.pack.tokens is not None and config.grpo.max_new_tokens >= config.pack.tokens:
+        yield Problem(
+            "grpo.max_new_tokens",
+            f"but pack.tokens={config.pack.tokens} leaves no room for a prompt. Raise pack.tokens or lower it.",
+        )
+
+
 WITHOUT_EFFECT: tuple[Rule, ...] = (
+    _rollouts_belong_to_grpo,
     _adapter_settings_need_an_adapter,
     _projections_need_a_moving_language,
     _quantised_vision_needs_qlora,
@@ -256,6 +287,9 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rounding_is_for_weights_that_train,
 )
 CONTRADICTIONS: tuple[Rule, ...] = (
+    _groups_fill_a_step,
+    _grpo_needs_gradients_in_one_piece,
+    _completions_fit_their_packs,
     _image_range_is_not_empty,
     _a_moving_language_has_projections,
     _something_is_trained,

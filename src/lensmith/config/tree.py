@@ -6,7 +6,7 @@ Read by people as docs/config.md (generated from here), by `read_config` as the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -156,7 +156,7 @@ class Optim(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] | None = None
     """Null: adamw_8bit on a GPU with a real model, adamw otherwise."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Null: 2e-4 for lora and qlora, 1e-5 for full; docs/training.md says why."""
+    """Null: 2e-4 for lora and qlora, 1e-5 for full, and a tenth of these with task=grpo; docs/training.md says why."""
     vision_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Null: a tenth of learning_rate."""
     merger_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -166,7 +166,7 @@ class Optim(Section):
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides epochs."""
     effective_samples: Annotated[int, Field(ge=1)] = 16
-    """Samples per optimizer step, over all packs and processes."""
+    """Samples per optimizer step, over all packs and processes; with task=grpo a sample is a completion."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to the end."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -207,6 +207,56 @@ class Memory(Section):
     """Folder for kept features, which other runs of the same model find as well. Null: in host memory."""
 
 
+class Grpo(Section):
+    """Reinforcement learning from rewards: several answers to each question, each judged against the others."""
+
+    group: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt. Its pictures are computed once for all; optim.effective_samples counts completions."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    """Longer completions are cut, and counted."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of sampling, and of the log-probabilities that are learned from."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw from the likeliest words that together have this probability. Null: from all."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Draw from so many likeliest words. Null: from all."""
+    min_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Draw from words at least this share as likely as the likeliest. Null: from all."""
+    rewards: Annotated[list[str | dict[str, Any]], Field(min_length=1)] = ["math_boxed"]
+    """Names from docs/rewards.md, `file.py:function` for one's own, or {name: ..., weight: 0.5, ...}; they are added up."""
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    """TRL's loss types; they differ in what the sum over tokens is divided by and in how ratios are bounded."""
+    importance: Literal["token", "sequence"] = "token"
+    """Ratio of new and old policy for each token, or for the whole completion (GSPO, arXiv:2507.18071)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What a reward's distance from its group's mean is divided by: the group's spread, the batch's, or nothing."""
+    epsilon: Annotated[float, Field(gt=0)] = 0.2
+    """A ratio this far below 1 is clipped."""
+    epsilon_high: Annotated[float, Field(gt=0)] | None = None
+    """And this far above 1. Null: as epsilon."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the divergence from the model before training, which is the model without its adapter."""
+    iterations: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps on the same completions."""
+    mask_truncated: bool = False
+    """Whether completions that max_new_tokens cut off are left out of the loss."""
+
+
+class Rollouts(Section):
+    """How completions are made during GRPO."""
+
+    engine: Literal["auto", "builtin", "vllm"] = "auto"
+    """builtin: ours, prompts shared by their group; vllm: through TRL, where it is installed. auto: builtin, and says so."""
+    batch: Annotated[int, Field(ge=1)] | None = None
+    """Completions written at the same time. Null: all of a step."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """Whether vLLM runs in this process, or as a server that was started with `trl vllm-serve`."""
+    on_reward_error: Literal["count", "raise"] = "count"
+    """A reward that fails: no reward for that completion, counted and shown; or stop."""
+    show_every_steps: Annotated[int, Field(ge=1)] = 1
+    """How often completions are kept in completions.jsonl and the page is drawn anew."""
+
+
 class Eval(Section):
     metric: Literal["auto", "exact", "normalised"] = "auto"
     """Equal texts, or equal after VQA normalisation (case, punctuation, articles). auto: guessed from the answers, and said."""
@@ -239,13 +289,15 @@ class RunConfig(Section):
 
     model: str = "lensmith/tiny"
     """A name such as Qwen/Qwen3-VL-8B-Instruct, a local folder, or the embedded lensmith/tiny."""
-    task: Literal["sft"] = "sft"
-    """Supervised fine-tuning."""
+    task: Literal["sft", "grpo"] = "sft"
+    """Supervised fine-tuning on the answers of the data, or reinforcement learning with rewards that compare with them."""
     data: Data = Data()
     tune: Tune = Tune()
     pack: Packing = Packing()
     optim: Optim = Optim()
     memory: Memory = Memory()
+    grpo: Grpo = Grpo()
+    rollout: Rollouts = Rollouts()
     eval: Eval = Eval()
     log: Log = Log()
     save: Save = Save()

@@ -38,10 +38,12 @@ def pack_samples(
     read: PixelReader = read_patches,
     pixel_dtype: torch.dtype | None = None,
     digest_pictures: bool = False,
+    name_picture: Callable[[ImageSize], str] | None = None,
 ) -> Pack:
     """Lay samples end to end, those that share a prefix together; reads the pixels, in `pixel_dtype` if one is given.
 
     `digest_pictures`: whether somebody keeps features by `Pack.pictures`; they are there anyway if a picture repeats.
+    `name_picture`: gives names that stand for the pixels, where digests would cost too much; None: digests.
     """
     parts = _Parts(geometry, image_token_id, video_token_id)
     for members in _groups(samples, share_prefix):
@@ -60,7 +62,13 @@ def pack_samples(
     }
     digests: dict[Any, str] = {}
     if digest_pictures or len(distinct) < len(names):
-        digests = {name: digest_pixels(pixels, name[1]) for name, pixels in distinct.items()}
+        images = dict(zip(names, parts.images, strict=True))
+        named = (
+            (lambda name: digest_pixels(distinct[name], name[1]))
+            if name_picture is None
+            else (lambda name: name_picture(images[name]))
+        )
+        digests = {name: named(name) for name in distinct}
     pixels = [distinct[name] for name in names]
     return Pack(
         input_ids=torch.from_numpy(np.concatenate(parts.input_ids)),

@@ -29,7 +29,7 @@ from lensmith.evals.predict import (
 from lensmith.model.adapters import find_tuned, load_tuned
 from lensmith.model.load import Loaded, load_model
 from lensmith.rundir import RunDir
-from lensmith.train.prepare import Say, prepare_run, scan_one, scan_rows
+from lensmith.train.prepare import Prepared, Say, prepare_run, scan_one, scan_rows
 from lensmith.train.ranks import rank, speaker
 from lensmith.train.sft import TrainResult, train_prepared
 from lensmith.types import Sample
@@ -97,7 +97,7 @@ def train_and_compare(
     _check_run(RunDir(config.run), config)
     prepared = prepare_run(config, say)
     if prepared.held_out is None or not len(prepared.held_out.rows) or rank() != 0:
-        return Compared(train_prepared(prepared, say=say, progress=train_progress), None)
+        return Compared(_train(prepared, say=say, progress=train_progress), None)
     run, samples = prepared.run, _drawn_samples(prepared.held_out, config, say)
 
     def ask(model: Any, name: str, progress: Progress | None = None) -> EvalResult:
@@ -108,7 +108,7 @@ def train_and_compare(
 
     before = _kept_answers(config, run, samples) or ask(prepared.model, "before", eval_progress)
     say(f"Before training: {before.score}")
-    trained = train_prepared(
+    trained = _train(
         prepared,
         say=say,
         progress=train_progress,
@@ -118,6 +118,14 @@ def train_and_compare(
     for sentence in evaluated.sentences():
         say(sentence)
     return Compared(trained, evaluated)
+
+
+def _train(prepared: Prepared, **more: Any) -> TrainResult:
+    if prepared.config.task == "sft":
+        return train_prepared(prepared, **more)
+    from lensmith.train.grpo import train_grpo
+
+    return train_grpo(prepared, **more)
 
 
 def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progress: Progress | None = None) -> Evaluated:

@@ -23,7 +23,7 @@ from lensmith.data.scan import Scan, hold_out, scan_source
 from lensmith.data.source import open_source
 from lensmith.errors import ConfigError
 from lensmith.model.adapters import check_tune, prepare_trainable
-from lensmith.model.components import census_table, take_census
+from lensmith.model.components import census_table, learning_rates, take_census
 from lensmith.model.features import open_features
 from lensmith.model.load import Loaded, choose_device, load_model, load_processor
 from lensmith.model.residence import check_frozen
@@ -68,6 +68,8 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     """
     check_versions()
     check_tune(config.tune)
+    if config.task == "grpo":
+        config = _with_default_rate(config)
     refuse_data_parallel()
     if torch.cuda.is_available():
         # Packs differ in length from step to step; fixed segments would leave gaps that no other length fits (W1 without
@@ -91,6 +93,14 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     loaded.model.features = open_features(config.memory, loaded.model.model.visual, loaded.device)
     say(census_table(take_census(model)))
     return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out)
+
+
+def _with_default_rate(config: RunConfig) -> RunConfig:
+    """A learning rate for policies where none is set: a tenth of what supervised answers get."""
+    if config.optim.learning_rate is not None:
+        return config
+    rate = learning_rates(config.optim, config.tune.method)["language"] / 10
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": rate})})
 
 
 def _planned_memory(config: RunConfig, train: Scan, device: torch.device) -> str:
@@ -135,7 +145,7 @@ def scan_one(config: RunConfig, encoder: Encoder, device: torch.device, which: A
         say(sentence)
     scan = scan_source(
         source,
-        budget_tokens=config.pack.tokens or PACK_TOKENS[device.type],
+        budget_tokens=longest_row(config, device),
         on_long=config.data.on_long,
         on_bad_row=config.data.on_bad_row,
         seed=config.seed,
@@ -146,6 +156,22 @@ def scan_one(config: RunConfig, encoder: Encoder, device: torch.device, which: A
     return scan
 
 
+def longest_row(config: RunConfig, device: torch.device) -> int:
+    """Most tokens of a row: what a pack holds, with task=grpo less room for one completion.
+
+    Raises ConfigError where nothing is left.
+    """
+    whole = config.pack.tokens or PACK_TOKENS[device.type]
+    if config.task == "sft":
+        return whole
+    if whole <= config.grpo.max_new_tokens:
+        raise ConfigError(
+            f"grpo.max_new_tokens={config.grpo.max_new_tokens}: a pack holds {whole:,} tokens, so no prompt has room beside "
+            "such a completion. Lower it, or raise pack.tokens."
+        )
+    return whole - config.grpo.max_new_tokens
+
+
 def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: Say) -> tuple[StepPlan, StepDataset]:
     share_prefix = config.pack.share_prefix and not config.tune.dropout
     if config.pack.share_prefix and not share_prefix:
@@ -153,9 +179,12 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
             f"Prefix sharing is off because tune.dropout is {config.tune.dropout:g}: questions about one image would get "
             "one dropout mask for its tokens instead of one each. Set tune.dropout=0 to have it back."
         )
+    per_step = config.optim.effective_samples
+    if config.task == "grpo":  # a sample is a completion, a row of the scan a prompt
+        per_step //= config.grpo.group
     plan = plan_steps(
         scan,
-        effective_samples=config.optim.effective_samples,
+        effective_samples=per_step,
         seed=config.seed,
         epochs=config.optim.epochs,
         steps=config.optim.steps,
@@ -178,11 +207,23 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
     )
     if config.optim.in_backward:
         _check_single_packs(dataset, config)
-    say(
-        f"{counted(len(plan.steps), 'step')} of {counted(config.optim.effective_samples, 'sample')}, {plan.per_epoch:,} an "
-        f"epoch; the first is {counted(len(dataset.members(0)), 'pack')} of at most {dataset.budget_tokens:,} tokens."
-    )
+    if config.task == "grpo":
+        plan = _whole_steps(plan, per_step, config.grpo.iterations)
+    per_step_told = counted(config.optim.effective_samples, "sample")
+    steps = f"{counted(len(plan.steps), 'step')} of {per_step_told}, {plan.per_epoch:,} an epoch"
+    if config.task == "grpo":
+        say(f"{steps}: {counted(per_step, 'prompt')} with {config.grpo.group} completions each.")
+    else:
+        first = counted(len(dataset.members(0)), "pack")
+        say(f"{steps}; the first is {first} of at most {dataset.budget_tokens:,} tokens.")
     return plan, dataset
+
+
+def _whole_steps(plan: StepPlan, prompts: int, iterations: int) -> StepPlan:
+    """As many steps, each of exactly `prompts` prompts, in the plan's order; `iterations` steps in a row see the same ones."""
+    order = itertools.cycle(int(sample) for step in plan.steps for sample in step)
+    draws = [np.array(list(itertools.islice(order, prompts))) for _ in range(-(-len(plan.steps) // iterations))]
+    return StepPlan(tuple(draws[step // iterations] for step in range(len(plan.steps))), plan.per_epoch)
 
 
 def _check_single_packs(dataset: StepDataset, config: RunConfig) -> None:

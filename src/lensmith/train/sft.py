@@ -108,7 +108,7 @@ def train_prepared(
                 f"To go on: lensmith train {run.config_path}"
             )
         if rank() == 0:
-            _save_final(prepared, trainer.tuned)
+            save_final(prepared, trainer.tuned)
     if (features := prepared.loaded.model.features) is not None:
         say(features.sentence())
     return TrainResult(
@@ -148,7 +148,7 @@ def _build_trainer(
     )
 
 
-def _save_final(prepared: Prepared, model: nn.Module) -> None:
+def save_final(prepared: Prepared, model: nn.Module) -> None:
     """Tuned weights, and a processor that resizes and takes frames as training did, so that serving sees the same pixels."""
     processor, folder = prepared.loaded.processor, prepared.run.path / TUNED_FOLDER
     write_policy(processor, prepared.encoder.min_tokens, prepared.encoder.max_tokens)
@@ -160,6 +160,18 @@ def _save_final(prepared: Prepared, model: nn.Module) -> None:
 
 def training_arguments(prepared: Prepared) -> SFTConfig:
     """Our settings in transformers' words."""
+    tune = prepared.config.tune
+    return SFTConfig(
+        **common_arguments(prepared),
+        per_device_train_batch_size=1,
+        max_length=None,  # text is never cut
+        average_tokens_across_devices=False,  # our count is the whole step's already
+        ddp_find_unused_parameters=tune.vision != "frozen" or tune.merger != "frozen",
+    )
+
+
+def common_arguments(prepared: Prepared) -> dict[str, Any]:
+    """Arguments of transformers' TrainingArguments that every task sets the same way."""
     config, loaded, total = prepared.config, prepared.loaded, len(prepared.plan.steps)
     optim, gpu = config.optim, loaded.device.type == "cuda"
     name = optim.name or ("adamw_8bit" if gpu and loaded.name != TINY else "adamw")
@@ -167,35 +179,31 @@ def training_arguments(prepared: Prepared) -> SFTConfig:
     constant = "constant_with_warmup" if warmup_steps else "constant"
     if "tensorboard" in config.log.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.run / "tensorboard"))
-    return SFTConfig(
-        output_dir=str(config.run),
-        max_steps=total,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=learning_rates(optim, config.tune.method)["language"],
-        lr_scheduler_type=constant if optim.schedule == "constant" else optim.schedule,
-        warmup_steps=warmup_steps,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm or float("inf"),
-        optim=OPTIMIZERS[name],
-        logging_steps=config.log.every_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=min(total, config.save.every_steps or prepared.plan.per_epoch),
-        save_total_limit=config.save.keep,
-        report_to=list(config.log.report_to) or "none",
-        run_name=config.run.name,
-        seed=config.seed,
-        use_cpu=not gpu,
-        bf16=False,  # weights are in their final type already; autocast would only add casts
-        fp16=loaded.dtype == torch.float16,
-        gradient_checkpointing=False,  # the engine does its own
-        max_length=None,  # text is never cut
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        average_tokens_across_devices=False,  # our count is the whole step's already
-        ddp_find_unused_parameters=config.tune.vision != "frozen" or config.tune.merger != "frozen",
-    )
+    return {
+        "output_dir": str(config.run),
+        "max_steps": total,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": learning_rates(optim, config.tune.method)["language"],
+        "lr_scheduler_type": constant if optim.schedule == "constant" else optim.schedule,
+        "warmup_steps": warmup_steps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm or float("inf"),
+        "optim": OPTIMIZERS[name],
+        "logging_steps": config.log.every_steps,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": min(total, config.save.every_steps or prepared.plan.per_epoch),
+        "save_total_limit": config.save.keep,
+        "report_to": list(config.log.report_to) or "none",
+        "run_name": config.run.name,
+        "seed": config.seed,
+        "use_cpu": not gpu,
+        "bf16": False,  # weights are in their final type already; autocast would only add casts
+        "fp16": loaded.dtype == torch.float16,
+        "gradient_checkpointing": False,  # the engine does its own
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
 
 
 class Pause(TrainerCallback):

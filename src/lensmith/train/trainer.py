@@ -10,31 +10,28 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback
 from trl.trainer import sft_trainer
 from trl.trainer.sft_config import SFTConfig
 
 from lensmith.data.loader import StepPacks
-from lensmith.model.adapters import TUNED_FOLDER, kept_values, restore_tuned, save_tuned
+from lensmith.model.adapters import kept_values
 from lensmith.rundir import RunDir
+from lensmith.train.loop import GIB, RunFolderLoop
 from lensmith.train.oom import MemoryGuard
 from lensmith.train.ranks import sum_gradients
 from lensmith.train.recover import GradientGuard
 from lensmith.train.rounded import RoundedAdamW
 from lensmith.types import Pack, StepStats
 
-GIB = 2**30
 
-
-class SFTTrainer(sft_trainer.SFTTrainer):
+class SFTTrainer(RunFolderLoop, sft_trainer.SFTTrainer):
     """See the module. `groups` are the optimizer's parameter groups, each with its own `lr`."""
 
     def __init__(
@@ -58,17 +55,9 @@ class SFTTrainer(sft_trainer.SFTTrainer):
             super().__init__(
                 model=model, args=args, train_dataset=rows, processing_class=processor, callbacks=list(callbacks)
             )
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.loader, self.groups, self.run_dir = loader, groups, run
-        self.guard, self.memory, self.on_stats = guard, memory, on_stats
-        self.own_optimizer = own_optimizer
+        self._settle(groups=groups, run=run, guard=guard, memory=memory, own_optimizer=own_optimizer)
+        self.loader, self.on_stats = loader, on_stats
         self._meter = _Meter()
-
-    @property
-    def tuned(self) -> nn.Module:
-        """The model without DDP's wrapper, with PEFT's."""
-        return self.model  # type: ignore[return-value]
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -83,9 +72,6 @@ class SFTTrainer(sft_trainer.SFTTrainer):
         self._meter.begin(step, waited_s=time.perf_counter() - start)
         self.guard.wheres = tuple(where for pack in step.packs for where in pack.wheres)
         return [step], None
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0
 
     # --- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -116,51 +102,12 @@ class SFTTrainer(sft_trainer.SFTTrainer):
     ) -> Tensor:
         return -model(pack=inputs).sum() / num_items_in_batch
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = self.own_optimizer
-        if self.optimizer is None:
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class([dict(group) for group in self.groups], **settings)
-        return self.optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
-        if self.own_optimizer is not None and self.own_optimizer.in_backward:
-            norm = self.own_optimizer.grad_norm()
-            self.guard.after_moving(norm, self.state.global_step + 1)
-            return norm
-        self.guard.before_clipping(self.tuned, self.state.global_step + 1)
-        norm = super()._clip_grad_norm(model)
-        self.guard.after_clipping(self.tuned, norm, self.state.global_step + 1, scaled=self.args.fp16)
-        return norm
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             stats = self._meter.stats(logs, self.state.global_step)
             self.on_stats(stats)
             logs |= {"tokens_per_s": stats.tokens / stats.step_s, "data_wait_s": stats.data_wait_s}
         super().log(logs, start_time)
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A whole checkpoint or none, under the names that transformers' resume looks for."""
-        if self.args.should_save:
-            step, keep = self.state.global_step, self.args.save_total_limit or 1
-            with self.run_dir.save_checkpoint(step, keep) as folder:
-                self.save_model(str(folder), _internal_call=True)
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_scaler(str(folder))
-                self._save_rng_state(str(folder))
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        assert output_dir is not None, "_save_checkpoint always says where"
-        save_tuned(self.tuned, Path(output_dir) / TUNED_FOLDER)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_tuned(self.tuned, Path(resume_from_checkpoint))
 
 
 class _Meter:

@@ -1,0 +1,191 @@
+"""GRPO from a config to a tuned model: the same walk as fine-tuning, with rollouts and rewards where answers were.
+
+rows -> prompts -> rollout -> rewards -> advantages -> packs -> step -> tuned weights in the run folder
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl.trainer.grpo_config import GRPOConfig
+
+from lensmith.config.tree import RunConfig
+from lensmith.data.groups import GroupPacker, read_prompt
+from lensmith.errors import ConfigError, Interrupted
+from lensmith.evals.predict import MEDIA_TOKENS
+from lensmith.model.components import parameter_groups
+from lensmith.model.features import GIB, RamStore
+from lensmith.rundir import naming_full_disk
+from lensmith.train.completions import CompletionLog
+from lensmith.train.grpo_alarms import Alarms
+from lensmith.train.grpo_stats import GrpoStats
+from lensmith.train.grpo_trainer import GRPOTrainer
+from lensmith.train.measure import own_optimizer
+from lensmith.train.oom import MemoryGuard
+from lensmith.train.prepare import Prepared, Say
+from lensmith.train.ranks import rank
+from lensmith.train.recover import GradientGuard, StopOnInterrupt, interruptible
+from lensmith.train.rewards import load_rewards
+from lensmith.train.rollout import Rollout
+from lensmith.train.sft import During, Pause, TrainResult, common_arguments, save_final
+
+if TYPE_CHECKING:
+    from lensmith.train.progress import TrainProgress
+
+FEATURES_GIB = 1.0
+"""Host memory for features of a batch's pictures, where memory.vision_cache_gib says nothing: 30 of 1,000 tokens at 8B."""
+
+
+def train_grpo(
+    prepared: Prepared, *, say: Say, progress: TrainProgress | None = None, during: During | None = None
+) -> TrainResult:
+    """The steps and the final save of a prepared run; see `lensmith.train.sft.train_model`."""
+    config, run = prepared.config, prepared.run
+    say(_engine_sentence(config))
+    losses: list[float] = []
+    alarms = Alarms(config.grpo, prepared.loaded.dtype)
+    total = len(prepared.plan.steps)
+
+    def on_stats(stats: GrpoStats) -> None:
+        losses.append(stats.loss)
+        if rank() != 0:
+            return
+        run.append_metrics(stats)
+        for sentence in alarms.look(stats):
+            say(sentence)
+        if progress is not None:
+            progress.update(stats, total)
+
+    stop, pause = StopOnInterrupt(), Pause(during if rank() == 0 else None, config.eval.every_steps)
+    trainer = build_trainer(prepared, say, on_stats)
+    trainer.add_callback(stop)
+    trainer.add_callback(pause)
+    start = time.perf_counter()
+    with naming_full_disk(run.path):
+        if prepared.steps_done >= total:
+            say(f"All {total} steps are done already.")
+            trainer._load_from_checkpoint(str(prepared.checkpoint))
+        else:
+            with interruptible(stop, say):
+                trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+        train_s = time.perf_counter() - start - pause.spent_s
+        if stop.asked and trainer.state.global_step < total:
+            raise Interrupted(
+                f"{run.path}: stopped after step {trainer.state.global_step} of {total} and saved. "
+                f"To go on: lensmith train {run.config_path}"
+            )
+        if rank() == 0:
+            save_final(prepared, trainer.tuned)
+    for sentence in alarms.summary(trainer.rewards):
+        say(sentence)
+    return TrainResult(
+        model=trainer.tuned,
+        processor=prepared.loaded.processor,
+        steps=total,
+        samples=(total - prepared.steps_done) * config.optim.effective_samples,
+        train_s=train_s,
+        loss=losses[-1] if losses else float("nan"),
+        run=run.path,
+    )
+
+
+def _engine_sentence(config: RunConfig) -> str:
+    """What makes the completions. Raises ConfigError where vLLM is asked for and is not there."""
+    if config.rollout.engine != "vllm":
+        chosen = " (rollout.engine=auto)" if config.rollout.engine == "auto" else ""
+        return f"Completions come from the built-in engine{chosen}: each prompt and its pictures once per group."
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm: vLLM is not installed here. Install it as its own pages say for this CUDA version, or set "
+            "rollout.engine=builtin, which needs nothing."
+        )
+    return f"Completions come from vLLM ({config.rollout.vllm_mode}), through TRL."
+
+
+def build_trainer(prepared: Prepared, say: Say, on_stats: Callable[[GrpoStats], None]) -> GRPOTrainer:
+    """The trainer of a prepared run."""
+    config, loaded, encoder = prepared.config, prepared.loaded, prepared.encoder
+    source = prepared.dataset.scan.source
+    engine, vocabulary = loaded.model, loaded.processor.tokenizer.get_vocab()
+    by_name = engine.features is None and not any(p.requires_grad for p in engine.model.visual.parameters())
+    if by_name:
+        # Rollout, old policy, reference and policy look at the same pictures: the tower sees each once per batch.
+        engine.features = RamStore(int(FEATURES_GIB * GIB), pinned=loaded.device.type == "cuda")
+    packer = GroupPacker(
+        encoder.geometry,
+        encoder.image_token_id,
+        encoder.video_token_id,
+        prepared.dataset.budget_tokens,
+        prepared.dataset.share_prefix,
+        loaded.dtype,
+        name_picture=(lambda image: f"{image.ref.key} {image.seen_px}") if by_name else None,
+    )
+    ends = engine.generation_config.eos_token_id
+    end_ids = {encoder.end_token_id, *([ends] if isinstance(ends, int) else ends or [])}
+    rollout = Rollout(
+        engine,
+        packer,
+        config.grpo,
+        end_ids=sorted(end_ids),
+        never_ids=[vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary],
+        seed=config.seed,
+        batch=config.rollout.batch,
+    )
+    rewards = load_rewards(config.grpo.rewards, root=_reward_root(config), on_error=config.rollout.on_reward_error)
+    rows = prepared.dataset.scan.rows
+    return GRPOTrainer(
+        model=prepared.model,
+        engine=engine,
+        args=grpo_arguments(prepared),
+        processor=loaded.processor,
+        order=[int(rows[sample]) for step in prepared.plan.steps[:: config.grpo.iterations] for sample in step],
+        read=lambda row: read_prompt(source, row),
+        packer=packer,
+        rollout=rollout,
+        rewards=rewards,
+        groups=parameter_groups(prepared.model, config.optim, config.tune.method),
+        run=prepared.run,
+        guard=GradientGuard(say),
+        memory=MemoryGuard(engine, prepared.run, say, budget_tokens=prepared.dataset.budget_tokens),
+        on_stats=on_stats,
+        on_batch=CompletionLog(prepared.run, config, loaded.processor.tokenizer, say).add,
+        own_optimizer=own_optimizer(prepared.model, config),
+    )
+
+
+def _reward_root(config: RunConfig) -> Path:
+    """Files of rewards are looked for from where the command runs."""
+    return Path.cwd()
+
+
+def grpo_arguments(prepared: Prepared) -> GRPOConfig:
+    """Our settings in TRL's words."""
+    config, grpo = prepared.config, prepared.config.grpo
+    common = common_arguments(prepared)
+    common["save_steps"] = -(-common["save_steps"] // grpo.iterations) * grpo.iterations
+    vllm = config.rollout.engine == "vllm"
+    return GRPOConfig(
+        **common,
+        per_device_train_batch_size=config.optim.effective_samples,
+        num_generations=grpo.group,
+        max_completion_length=grpo.max_new_tokens,
+        temperature=grpo.temperature,
+        top_p=1.0 if grpo.top_p is None else grpo.top_p,
+        top_k=0 if grpo.top_k is None else grpo.top_k,
+        min_p=grpo.min_p,
+        loss_type=grpo.loss,
+        importance_sampling_level=grpo.importance,
+        scale_rewards=grpo.scale_rewards,
+        epsilon=grpo.epsilon,
+        epsilon_high=grpo.epsilon_high,
+        beta=grpo.beta,
+        num_iterations=grpo.iterations,
+        mask_truncated_completions=grpo.mask_truncated,
+        shuffle_dataset=False,
+        use_vllm=vllm,
+        **({"vllm_mode": config.rollout.vllm_mode} if vllm else {}),
+    )
