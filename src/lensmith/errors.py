@@ -85,5 +85,9 @@ class RunError(LensmithError):
     """A run stopped: non-finite steps, a failed self-check, no space left, a folder of another run."""
 
 
+class RewardError(LensmithError):
+    """A reward cannot judge a completion: it raised, answered with something else than numbers, or lacks a column."""
+
+
 class Interrupted(RunError):
     """Ctrl-C: what was done so far is saved, and the message says how to go on."""
