@@ -51,14 +51,14 @@ def test_projecting_together_is_projecting_one_by_one(options):
 
 
 def test_one_product_serves_plain_adapters_and_only_those():
-    assert lora._split(adapted().left) is not None
-    assert lora._split(adapted().plain).down is None
-    assert lora._split(adapted(use_dora=True).left) is None
-    assert lora._split(adapted(lora_dropout=0.1).left) is None
-    assert lora._split(nn.Linear(3, 3)) is None, "a bias"
+    assert lora.split_linear(adapted().left) is not None
+    assert lora.split_linear(adapted().plain).down is None
+    assert lora.split_linear(adapted(use_dora=True).left) is None
+    assert lora.split_linear(adapted(lora_dropout=0.1).left) is None
+    assert lora.split_linear(nn.Linear(3, 3)) is None, "a bias"
     trained = nn.Linear(3, 3, bias=False)
-    assert lora._split(trained) is None, "a weight that trains"
-    assert lora._split(trained.requires_grad_(False)) is not None
+    assert lora.split_linear(trained) is None, "a weight that trains"
+    assert lora.split_linear(trained.requires_grad_(False)) is not None
 
 
 def test_a_disabled_adapter_is_left_out():

@@ -216,6 +216,100 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Varlen, sc
     )
 
 
+@dataclass(slots=True)
+class Attended:
+    """What the backward pass of one `attend_by_hand` reads."""
+
+    layout: Layout
+    scale: float
+    num_keys: int
+    inputs: tuple[Tensor, Tensor, Tensor]
+    """Query, key and value as the kernel got them: gathered, where the layout gathers."""
+    out: Tensor
+    lse: Tensor | None = None
+    random: tuple[Tensor, Tensor] | None = None
+    """What the flash kernel hands to its backward for dropout, of which there is none."""
+
+
+def attend_by_hand(
+    query: Float[Tensor, "queries heads width"],
+    key: Float[Tensor, "keys kv_heads width"],
+    value: Float[Tensor, "keys kv_heads width"],
+    layout: Layout,
+    scale: float,
+    *,
+    keeps: bool,
+) -> tuple[Float[Tensor, "queries heads width"], Attended | None]:
+    """`attend` outside of any graph, and what `attend_backward` needs if `keeps`.
+
+    The flash kernels are called as torch's varlen_attn calls them, without the layers of Python around them. The padded
+    form keeps a graph of its own from query, key and value to the output.
+    """
+    if isinstance(layout, Varlen):
+        return _flash_by_hand(query, key, value, layout, scale, keeps=keeps)
+    if not keeps:
+        return attend(query, key, value, layout, scale), None
+    with torch.enable_grad():
+        inputs = (query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_())
+        out = attend(*inputs, layout, scale)
+    return out.detach(), Attended(layout, scale, len(key), inputs, out)
+
+
+def attend_backward(grad: Float[Tensor, "queries heads width"], attended: Attended) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; once."""
+    if isinstance(attended.layout, Varlen):
+        return _flash_backward(grad, attended, attended.layout)
+    return torch.autograd.grad(attended.out, attended.inputs, grad)  # type: ignore[return-value]
+
+
+def _flash_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, layout: Varlen, scale: float, *, keeps: bool
+) -> tuple[Tensor, Attended | None]:
+    num_keys = len(key)
+    if layout.gather is not None:
+        key, value = key.index_select(0, layout.gather), value.index_select(0, layout.gather)
+    out, lse, *random = torch.ops.aten._flash_attention_forward(
+        query, key, value, *_flash_lengths(layout), 0.0, layout.causal, False, scale=scale, **_flash_window(layout)
+    )[:4]
+    if not keeps:
+        return out, None
+    return out, Attended(layout, scale, num_keys, (query, key, value), out, lse, tuple(random))  # type: ignore[arg-type]
+
+
+def _flash_backward(grad: Tensor, attended: Attended, layout: Varlen) -> tuple[Tensor, Tensor, Tensor]:
+    assert attended.random is not None, "set by _flash_by_hand"
+    grad_query, grad_key, grad_value = torch.ops.aten._flash_attention_backward(
+        grad,
+        *attended.inputs,
+        attended.out,
+        attended.lse,
+        *_flash_lengths(layout),
+        0.0,
+        layout.causal,
+        *attended.random,
+        scale=attended.scale,
+        **_flash_window(layout),
+    )
+    if layout.gather is not None:
+        grad_key = _ungather(grad_key, layout.gather, attended.num_keys)
+        grad_value = _ungather(grad_value, layout.gather, attended.num_keys)
+    return grad_query, grad_key, grad_value
+
+
+def _ungather(grad: Float[Tensor, "gathered kv_heads width"], gather: Tensor, num_keys: int) -> Tensor:
+    # As the backward of indexing does it: rows of one key are added up in fp32 and rounded once. index_add_ would round
+    # after each of them, a prefix's key as often as it has branches.
+    return grad.new_zeros(num_keys, *grad.shape[1:]).index_put_((gather,), grad, accumulate=True)
+
+
+def _flash_lengths(layout: Varlen) -> tuple[Tensor, Tensor, int, int]:
+    return layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys
+
+
+def _flash_window(layout: Varlen) -> dict[str, int]:
+    return {"window_size_left": -1, "window_size_right": 0 if layout.causal else -1}
+
+
 @cache
 def _grouped_heads_flag() -> dict[str, bool]:
     """torch 2.11 takes grouped key heads as they come; later releases want to be told."""

@@ -183,7 +183,7 @@ class Decoder:
         positions = (state.first_positions + place).expand(3, 1, -1)
         rope = tuple(part[0] for part in decoder.rotary_emb(hidden[None], positions))
         for index, layer in enumerate(decoder.layers):
-            engine.bring_layer(index)
+            engine.visit(index, "forward")
             own = (caches.own_k[index], caches.own_v[index])
             prefix = (caches.prefix_k[index], caches.prefix_v[index], caches.prefix_lengths)
             hidden = _decode_layer(layer, hidden, rope, prefix, own, place, state.length, capacity)
@@ -284,7 +284,7 @@ def prompt_hidden(
     rope = tuple(part[0] for part in decoder.rotary_emb(hidden[None], pack.positions[1:, None].to(device)))
     rows = torch.from_numpy(last).to(device)
     for index, layer in enumerate(decoder.layers):
-        engine.bring_layer(index)
+        engine.visit(index, "forward")
         if index < len(decoder.layers) - 1:
             hidden = run_layer(layer, hidden, rope, layout, None, keep(index))
         else:

@@ -26,6 +26,7 @@ from lensmith.model.features import FeatureStore, image_features
 from lensmith.model.head import token_logprobs, token_logprobs_and_entropies
 from lensmith.model.hosted import HostHead, Visitors
 from lensmith.model.kernels import rms_norm, rotate, swiglu
+from lensmith.model.layer import FusedLayers
 from lensmith.model.lora import Shadows, project
 from lensmith.model.quant import FewBitHead
 from lensmith.model.recompute import HostBuffers, Waiting, recomputed
@@ -65,6 +66,8 @@ class Engine(Qwen3VLForConditionalGeneration):
     """Whether layers draw random numbers (adapter dropout), which their second run must draw again."""
     shadows: Shadows | None = None
     """The adapters in the type that the model computes in, where that is not their own."""
+    fused_layers: bool = True
+    """Whether layers that fit are one step of the graph each (see lensmith.model.layer); off to compare the two."""
     stays: bool = False
     """Whether weights have been given their places, so that nobody moves the model as a whole any more."""
 
@@ -76,6 +79,7 @@ class Engine(Qwen3VLForConditionalGeneration):
                 f"config.json: {deepstack} deepstack levels for {layers} decoder layers; there must be at least one layer "
                 "more than levels, because the last layer runs on the learned rows only. Use a deeper model."
             )
+        self._fused = FusedLayers()
 
     # generate() validates its keyword arguments against this signature.
     @functools.wraps(Qwen3VLForConditionalGeneration.forward)
@@ -118,11 +122,13 @@ class Engine(Qwen3VLForConditionalGeneration):
         for index, layer in enumerate(decoder.layers):
             is_last = index == len(decoder.layers) - 1
             layout, kept = (route.last_layout, route.kept) if is_last else (route.layout, None)
-            run = functools.partial(self._run_layer, index, layer, rope, layout, kept)
-            if waiting is not None and self._recomputes(index):
-                hidden = recomputed(run, hidden, waiting, keeps_random=self.keeps_random)
+            waits = waiting if self._recomputes(index) else None
+            fused = self._fused.find(index, layer, self.shadows) if self.fused_layers and not is_last else None
+            if fused is not None:
+                hidden = fused.run(hidden, rope, layout, waits, functools.partial(self.visit, index))
             else:
-                hidden = run(hidden, "forward")
+                run = functools.partial(self._run_layer, index, layer, rope, layout, kept)
+                hidden = run(hidden, "forward") if waits is None else recomputed(run, hidden, waits, keeps_random=self.keeps_random)
             if index < len(deepstack):
                 hidden = hidden.index_add(0, image_rows, deepstack[index].to(hidden.dtype))
         return rms_norm(decoder.norm, hidden)[route.predictors], route.targets
@@ -149,11 +155,6 @@ class Engine(Qwen3VLForConditionalGeneration):
         """Logits of normed hidden states. For a few rows: all words at once."""
         return self.lm_head(hidden)
 
-    def bring_layer(self, index: int) -> None:
-        """Layer `index` is on the device for what is computed next, as in a forward pass."""
-        if self.visitors is not None and index < len(self.visitors.groups):
-            self.visitors.bring(index, index + 1)
-
     @property
     def fetches_weights(self) -> bool:
         """Whether a forward pass copies weights from host memory."""
@@ -176,9 +177,13 @@ class Engine(Qwen3VLForConditionalGeneration):
         hidden: Float[Tensor, "tokens width"],
         direction: Literal["forward", "backward"],
     ) -> Float[Tensor, "rows width"]:
+        self.visit(index, direction)
+        return run_layer(layer, hidden, rope, layout, kept)
+
+    def visit(self, index: int, direction: Literal["forward", "backward"]) -> None:
+        """Have a layer's weights on the device, and the next one's on their way."""
         if self.visitors is not None and index < len(self.visitors.groups):
             self.visitors.bring(index, index + 1 if direction == "forward" else index - 1)
-        return run_layer(layer, hidden, rope, layout, kept)
 
     def _route(self, pack: Pack) -> Route:
         device, dtype = self.place, self.model.language_model.norm.weight.dtype

@@ -27,7 +27,7 @@ from lensmith.model.quant import dense_weight, is_four_bit
 
 def project(linears: Sequence[Any], x: Float[Tensor, "tokens inputs"]) -> tuple[Float[Tensor, "tokens outputs"], ...]:
     """`x` through each of several linears that read the same input, adapted or not."""
-    parts = [part for linear in linears if (part := _split(linear)) is not None]
+    parts = [part for linear in linears if (part := split_linear(linear)) is not None]
     if len(parts) != len(linears):
         return tuple(linear(x) for linear in linears)
     tensors = [tensor for part in parts for tensor in (part.down, part.up)]
@@ -40,31 +40,60 @@ def project(linears: Sequence[Any], x: Float[Tensor, "tokens inputs"]) -> tuple[
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
+    """A linear as found: frozen base and adapter."""
+
+    linear: Any
     base: Any
-    down: Float[Tensor, "rank inputs"] | None
-    up: Float[Tensor, "outputs rank"] | None
-    scale: float
+    weight: Tensor
+    """Of the base, in whatever form it is stored."""
+    adapter: str | None = None
+    """Name of the adapter that counts; None where there is none, or none in use."""
+    down: Float[Tensor, "rank inputs"] | None = None
+    up: Float[Tensor, "outputs rank"] | None = None
+    scale: float = 1.0
+
+    def is_current(self) -> bool:
+        """Whether `split_linear` would find the same again. Asked for every linear in every pass, hence plain dictionaries."""
+        linear, base = self.linear, self.base
+        if base._parameters["weight"] is not self.weight or self.weight.requires_grad:
+            return False
+        if linear is base:
+            return True
+        if linear._disable_adapters or linear.merged_adapters:
+            return self.adapter is None
+        name, inside = self.adapter, linear._modules
+        down, up = inside["lora_A"]._modules.get(name), inside["lora_B"]._modules.get(name)
+        return (
+            down is not None
+            and up is not None
+            and down._parameters["weight"] is self.down
+            and up._parameters["weight"] is self.up
+            and linear._active_adapter in (name, [name])
+            and linear.scaling[name] == self.scale
+        )
 
 
-def _split(linear: Any) -> _Part | None:
+def split_linear(linear: Any) -> Part | None:
     """Frozen base and adapter of a linear; None for what only its own forward knows (dropout, DoRA, 8 bits, biases)."""
-    base, scale = linear, 1.0
-    down: Any = None
-    up: Any = None
+    base, adapter = linear, {}
     if isinstance(linear, LoraLayer):
         base = linear.base_layer
         if not (linear.disable_adapters or linear.merged):
             if len(linear.active_adapters) != 1:
                 return None
             (name,) = linear.active_adapters
-            if not isinstance(linear.lora_dropout[name], nn.Identity) or linear.use_dora.get(name):
+            # An adapter that this linear does not have leaves it as it is, which is PEFT's to decide.
+            if name not in linear.lora_A or linear.use_dora.get(name):
                 return None
-            down, up, scale = linear.lora_A[name].weight, linear.lora_B[name].weight, linear.scaling[name]
+            if not isinstance(linear.lora_dropout[name], nn.Identity):
+                return None
+            down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
+            adapter = {"adapter": name, "down": down, "up": up, "scale": linear.scaling[name]}
     known = type(base) is nn.Linear or is_four_bit(base)
     if not known or base.bias is not None or base.weight.requires_grad:
         return None
-    return _Part(base, down, up, scale)
+    return Part(linear, base, base.weight, **adapter)
 
 
 class Shadows:
@@ -85,16 +114,38 @@ class Shadows:
         sources: list[Tensor] = [
             p for layer in self._layers for pair in (layer.lora_A, layer.lora_B) for p in pair.parameters()
         ]
-        if [id(source) for source in sources] != [id(source) for source in self._sources]:
-            self._sources = sources
-            self._copies = [torch.empty_like(source, dtype=self._dtype) for source in sources]
-            for source, copy in zip(sources, self._copies, strict=True):
-                source.shadow = copy  # pyright: ignore[reportAttributeAccessIssue]
+        if not self._are_known(sources):
+            # A shadow that stands in a stack stays there.
+            self._sources, self._copies = sources, [self._shadow(source) for source in sources]
         with torch.no_grad():
             torch._foreach_copy_(self._copies, self._sources)  # pyright: ignore[reportPrivateImportUsage]
 
+    def stack(self, downs: Sequence[Float[Tensor, "rank inputs"]]) -> Float[Tensor, "ranks inputs"]:
+        """The shadows of several adapters' `down` below each other, so that one product serves linears with one input.
 
-def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        The matrix is theirs from now on: each `refresh` fills it.
+        """
+        stacked = torch.empty(sum(map(len, downs)), downs[0].shape[1], dtype=self._dtype, device=downs[0].device)
+        for down, rows in zip(downs, stacked.split([len(down) for down in downs]), strict=True):
+            rows.copy_(down.detach())
+            down.shadow = rows  # pyright: ignore[reportAttributeAccessIssue]
+        return stacked
+
+    def _are_known(self, sources: list[Tensor]) -> bool:
+        return len(sources) == len(self._copies) and all(
+            getattr(source, "shadow", None) is copy for source, copy in zip(sources, self._copies, strict=True)
+        )
+
+    def _shadow(self, source: Tensor) -> Tensor:
+        shadow = getattr(source, "shadow", None)
+        if shadow is None or shadow.dtype is not self._dtype or shadow.device != source.device:
+            shadow = torch.empty_like(source, dtype=self._dtype, requires_grad=False)
+            source.shadow = shadow  # pyright: ignore[reportAttributeAccessIssue]
+        return shadow
+
+
+def in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter's weight in `dtype`: its shadow where there is one."""
     shadow = getattr(weight, "shadow", None)
     return shadow if shadow is not None and shadow.dtype is dtype else weight.to(dtype)
 
@@ -147,8 +198,8 @@ class _LinearsBeside(torch.autograd.Function):
         for base, scale, (down_RI, up_OR) in zip(bases, scales, _pairs(tensors), strict=True):
             y_TO = x_TI @ dense_weight(base, x_TI.dtype).T
             if down_RI is not None:
-                thin_TR = x_TI @ _in_type(down_RI, x_TI.dtype).T
-                y_TO.addmm_(thin_TR, _in_type(up_OR, x_TI.dtype).T, alpha=scale)
+                thin_TR = x_TI @ in_type(down_RI, x_TI.dtype).T
+                y_TO.addmm_(thin_TR, in_type(up_OR, x_TI.dtype).T, alpha=scale)
                 thins.append(thin_TR)
             outputs.append(y_TO)
         ctx.bases, ctx.scales, ctx.num_thins = bases, scales, len(thins)
@@ -168,13 +219,13 @@ class _LinearsBeside(torch.autograd.Function):
             if down_RI is None:
                 found += [None, None]
                 continue
-            back_TR = (grad_TO @ _in_type(up_OR, x_TI.dtype)).mul_(scale)
+            back_TR = (grad_TO @ in_type(up_OR, x_TI.dtype)).mul_(scale)
             found += [
                 (back_TR.T @ x_TI).to(down_RI.dtype),
                 (grad_TO.T @ next(thins)).to(up_OR.dtype).mul_(scale),
             ]
             if grad_x is not None:
-                grad_x.addmm_(back_TR, _in_type(down_RI, x_TI.dtype))
+                grad_x.addmm_(back_TR, in_type(down_RI, x_TI.dtype))
         return grad_x, None, None, *found
 
 
