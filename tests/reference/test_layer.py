@@ -111,7 +111,9 @@ def test_a_shared_prefix_with_branches_is_the_same_in_one_step(build_tiny, build
     first = build_sample(images=[(4, 3)], text=[5, 11], learned=4, seed=5)
     prefix = 5 + 12 + 2
     words = build_sample(images=[], text=[9], learned=9, seed=6)
-    other = {name: torch.cat([first[name][:prefix], words[name]]) for name in ("input_ids", "labels", "mm_token_type_ids")}
+    other = {
+        name: torch.cat([first[name][:prefix], words[name]]) for name in ("input_ids", "labels", "mm_token_type_ids")
+    }
     other |= {"pixel_values": first["pixel_values"], "image_grid_thw": first["image_grid_thw"]}
     alone = build_sample(images=[(2, 2)], text=[3, 8], learned=5, seed=8)
     pack = join(model, [first, other, alone], [(0, 0, None), (0, prefix, 0), (1, prefix, 0), (2, 0, None)])

@@ -128,7 +128,10 @@ class Engine(Qwen3VLForConditionalGeneration):
                 hidden = fused.run(hidden, rope, layout, waits, functools.partial(self.visit, index))
             else:
                 run = functools.partial(self._run_layer, index, layer, rope, layout, kept)
-                hidden = run(hidden, "forward") if waits is None else recomputed(run, hidden, waits, keeps_random=self.keeps_random)
+                once = waits is None
+                hidden = (
+                    run(hidden, "forward") if once else recomputed(run, hidden, waits, keeps_random=self.keeps_random)
+                )
             if index < len(deepstack):
                 hidden = hidden.index_add(0, image_rows, deepstack[index].to(hidden.dtype))
         return rms_norm(decoder.norm, hidden)[route.predictors], route.targets

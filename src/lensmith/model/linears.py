@@ -50,10 +50,7 @@ class Linears:
         outputs = []
         for number, (part, columns) in enumerate(zip(self.parts, self._columns, strict=True)):
             weight = self._dense(number, x.dtype).T
-            if onto is None:
-                y = x @ weight
-            else:
-                y = onto.addmm_(x, weight) if spend else torch.addmm(onto, x, weight)
+            y = x @ weight if onto is None else torch.addmm(onto, x, weight, out=onto if spend else None)
             if columns is not None and thin is not None and part.up is not None:
                 y.addmm_(thin[:, columns], in_type(part.up, x.dtype).T, alpha=part.scale)
             outputs.append(y)
