@@ -6,6 +6,7 @@ In float64 on the tiny model; the step-by-step path itself is compared with tran
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_quant import QLORA, load_for
 from torch.testing import assert_close
 
 from lensmith.config.tree import Memory, Tune
+from lensmith.model import attention
 from lensmith.model.adapters import prepare_trainable
 from lensmith.model.engine import Engine
 from lensmith.model.kernels import (
@@ -60,14 +62,14 @@ def adapted(model, names=ALL, **options):
     return tuned
 
 
-def engine(tuned) -> Engine:
+def engine(tuned: Any) -> Engine:
     found = tuned.base_model.model
     assert isinstance(found, Engine)
     return found
 
 
-def count_fused(model: Engine) -> int:
-    return len(model._fused._made)
+def fused_layers(model: Engine) -> dict[int, Any]:
+    return model._fused._made
 
 
 def run(tuned, *packs):
@@ -87,7 +89,7 @@ def check_same(tuned, *packs, fused: int, expected_gradients: int, **tolerance):
     theirs, their_grads = run(tuned, *packs)
     model.fused_layers = True
     ours, our_grads = run(tuned, *packs)
-    assert count_fused(model) == fused
+    assert len(fused_layers(model)) == fused
     assert_close(ours, theirs, **tolerance)
     assert our_grads.keys() == their_grads.keys()
     assert len(our_grads) == expected_gradients
@@ -103,11 +105,8 @@ def test_one_step_is_the_layer_step_by_step(build_tiny, pack, recompute):
     check_same(tuned, pack, fused=LAYERS - 1, expected_gradients=LAYERS * 7 * 2)
 
 
-@pytest.mark.parametrize("recompute", ["none", "layers"])
-def test_a_shared_prefix_with_branches_is_the_same_in_one_step(build_tiny, build_sample, recompute):
-    tuned = adapted(build_tiny(cls=Engine))
-    model = engine(tuned)
-    model.recompute = recompute
+def with_branches(model, build_sample):
+    """An image with two ends, and a sample of its own."""
     first = build_sample(images=[(4, 3)], text=[5, 11], learned=4, seed=5)
     prefix = 5 + 12 + 2
     words = build_sample(images=[], text=[9], learned=9, seed=6)
@@ -116,7 +115,74 @@ def test_a_shared_prefix_with_branches_is_the_same_in_one_step(build_tiny, build
     }
     other |= {"pixel_values": first["pixel_values"], "image_grid_thw": first["image_grid_thw"]}
     alone = build_sample(images=[(2, 2)], text=[3, 8], learned=5, seed=8)
-    pack = join(model, [first, other, alone], [(0, 0, None), (0, prefix, 0), (1, prefix, 0), (2, 0, None)])
+    return join(model, [first, other, alone], [(0, 0, None), (0, prefix, 0), (1, prefix, 0), (2, 0, None)])
+
+
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_a_shared_prefix_with_branches_is_the_same_in_one_step(build_tiny, build_sample, recompute):
+    tuned = adapted(build_tiny(cls=Engine))
+    engine(tuned).recompute = recompute
+    pack = with_branches(engine(tuned), build_sample)
+    check_same(tuned, pack, fused=LAYERS - 1, expected_gradients=LAYERS * 7 * 2)
+
+
+def each_run(query, key, value, cu_q, cu_k, causal, scale):
+    """Of each run the query rows, the key rows and, per query head, scores and keys and values."""
+    group, cuts = query.shape[1] // key.shape[1], [torch.stack([cu[:-1], cu[1:]], 1).tolist() for cu in (cu_q, cu_k)]
+    for q, k in zip(*cuts, strict=True):
+        keys, values = (part[slice(*k)].repeat_interleave(group, 1) for part in (key, value))
+        scores = torch.einsum("qhw,khw->hqk", query[slice(*q)], keys) * scale
+        if causal:
+            seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        yield slice(*q), slice(*k), scores, keys, values
+
+
+def flash_forward(query, key, value, cu_q, cu_k, *rest, scale, **window):
+    """What aten's flash kernel computes, run by run: causal from the lower right corner, key heads shared by groups."""
+    causal = rest[3]
+    assert (rest[2], window["window_size_left"]) == (0.0, -1)
+    assert window["window_size_right"] == (0 if causal else -1)
+    outs, lses = [], []
+    for _, _, scores, _, values in each_run(query, key, value, cu_q, cu_k, causal, scale):
+        outs.append(torch.einsum("hqk,khw->qhw", scores.softmax(-1), values))
+        lses.append(scores.logsumexp(-1))
+    nothing = torch.zeros(2, dtype=torch.uint64)
+    return torch.cat(outs), torch.cat(lses, 1), nothing, torch.empty(0), torch.empty(0)
+
+
+def flash_backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, *random, scale, **_):
+    """FlashAttention's own way back (arXiv:2205.14135, algorithm 4): from the log-sum-exps, no graph."""
+    assert [len(part) for part in random] == [2, 0]
+    grads = [torch.zeros_like(part) for part in (query, key, value)]
+    groups = (key.shape[1], -1)
+    for q, k, scores, keys, values in each_run(query, key, value, cu_q, cu_k, causal, scale):
+        share = (scores - lse[:, q, None]).exp()
+        grad_share = torch.einsum("qhw,khw->hqk", grad[q], values) - (grad[q] * out[q]).sum(-1).T[..., None]
+        grad_scores = share * grad_share * scale
+        grads[0][q] = torch.einsum("hqk,khw->qhw", grad_scores, keys)
+        grads[1][k] = torch.einsum("hqk,qhw->khw", grad_scores, query[q]).unflatten(1, groups).sum(2)
+        grads[2][k] = torch.einsum("hqk,qhw->khw", share, grad[q]).unflatten(1, groups).sum(2)
+    return tuple(grads)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_the_flash_kernels_are_called_for_what_the_padded_form_computes(
+    build_tiny, build_sample, monkeypatch, recompute
+):
+    """With a stand-in for the kernels themselves: arguments, gathered prefix keys and their gradients are ours."""
+    tuned = adapted(build_tiny(cls=Engine))
+    model = engine(tuned)
+    model.recompute = recompute
+    pack = with_branches(model, build_sample)
+    expected, their_grads = run(tuned, pack)
+    monkeypatch.setattr(attention, "varlen_available", lambda device, dtype: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
+    assert isinstance(model._route(pack).layout, attention.Varlen)
+    found, our_grads = run(tuned, pack)
+    assert_close(found, expected)
+    assert_close(our_grads, their_grads)
     check_same(tuned, pack, fused=LAYERS - 1, expected_gradients=LAYERS * 7 * 2)
 
 
@@ -176,7 +242,7 @@ def test_what_is_remembered_of_a_layer_follows_its_adapters(build_tiny, pack):
         for model.fused_layers in (True, False):
             with torch.no_grad():
                 found.append(tuned(pack=pack))
-        assert count_fused(model) in (0, LAYERS - 1)
+        assert len(fused_layers(model)) in (0, LAYERS - 1)
         assert_close(*found)
         return tuple(found)
 
@@ -203,7 +269,7 @@ def test_layers_wrapped_after_the_first_pass_are_found(build_tiny, pack):
     model = build_tiny(cls=Engine).requires_grad_(False)
     with torch.no_grad():
         before = model(pack=pack)
-    assert count_fused(model) == LAYERS - 1
+    assert len(fused_layers(model)) == LAYERS - 1
     tuned = adapted(model)
     with torch.no_grad():
         assert (tuned(pack=pack) - before).abs().max() > 1e-4
@@ -290,7 +356,7 @@ def test_stacked_shadows_follow_the_adapters(build_tiny, pack):
         expected = tuned(pack=pack)
     moved = (before - expected).abs().max()
     assert (after - expected).abs().max() < 0.1 * moved
-    fused = model._fused._made[0]
+    fused = fused_layers(model)[0]
     down = model.model.language_model.layers[0].self_attn.k_proj.lora_A["default"].weight
     assert torch.equal(fused._qkv._stacked[4:8], down.bfloat16())
     assert down.shadow.data_ptr() == fused._qkv._stacked[4:8].data_ptr()
@@ -301,7 +367,8 @@ def test_a_new_shadow_takes_the_place_it_has_in_a_stack():
     tuned = get_peft_model(layer, LoraConfig(r=2, target_modules=["a", "b"]))  # type: ignore[arg-type]
     shadows = Shadows(tuned, torch.bfloat16)
     shadows.refresh()
-    downs = [tuned.base_model.model[name].lora_A["default"].weight for name in "ab"]
+    inner: Any = tuned.base_model.model
+    downs = [inner[name].lora_A["default"].weight for name in "ab"]
     stacked = shadows.stack(downs)
     with torch.no_grad():
         downs[1].fill_(3)

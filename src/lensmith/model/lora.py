@@ -76,7 +76,8 @@ class Part:
 
 def split_linear(linear: Any) -> Part | None:
     """Frozen base and adapter of a linear; None for what only its own forward knows (dropout, DoRA, 8 bits, biases)."""
-    base, adapter = linear, {}
+    base: Any = linear
+    adapter: dict[str, Any] = {}
     if isinstance(linear, LoraLayer):
         base = linear.base_layer
         if not (linear.disable_adapters or linear.merged):
