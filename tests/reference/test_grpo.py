@@ -8,6 +8,7 @@ sampled from each trainer's own weights by the same engine, so that they stay eq
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,6 @@ from lensmith.data.images import read_geometry
 from lensmith.data.source import SampleSource, open_source
 from lensmith.errors import ConfigError
 from lensmith.model.adapters import prepare_trainable
-from lensmith.model.components import parameter_groups
 from lensmith.model.engine import Engine
 from lensmith.model.names import resolve_model
 from lensmith.rundir import RunDir
@@ -247,3 +247,68 @@ def test_three_steps_are_those_of_stock_trl(name, tmp_path, source, processor, r
     assert moved > RATE / 10
     for key, theirs in their_weights.items():
         assert_close(after[key], theirs, atol=1e-8, rtol=1e-6)
+
+
+def test_a_step_without_any_signal_moves_by_momentum_alone_as_in_trl(tmp_path, source, processor, rows, monkeypatch):
+    """Equal rewards have advantages of 0: nothing is computed, and AdamW goes on with what it remembers."""
+    calls, first = [], judge
+
+    def fades(completion_ids: list[list[int]]) -> list[float]:
+        calls.append(len(completion_ids))
+        return first(completion_ids) if len(calls) == 1 else [1.0] * len(completion_ids)
+
+    monkeypatch.setattr(sys.modules[__name__], "judge", fades)
+    _, theirs = run_stock(tmp_path / "stock", source, processor, rows)
+    calls.clear()
+    found: list[GrpoStats] = []
+    ours = make_ours(tmp_path / "ours", source, processor, rewards=Judged(fades), on_stats=found.append)
+    ours.train()
+    assert [stats.tokens > 0 for stats in found] == [True, False, False]
+    assert [stats.zero_variance for stats in found[1:]] == [1.0, 1.0]
+    for key, weight in adapter(ours.model).items():
+        assert_close(weight, theirs[key], atol=1e-8, rtol=1e-6)
+
+
+def test_rollout_and_training_agree_on_every_logprob(tmp_path, source, processor):
+    found: list[GrpoStats] = []
+    make_ours(tmp_path, source, processor, on_stats=found.append).train()
+    gaps = [stats.logprob_gap for stats in found]
+    assert len(gaps) == STEPS
+    assert max(gap for gap in gaps if gap is not None) < 1e-6  # TRL keeps those of the rollout in fp32
+
+
+def test_sharing_prompts_changes_no_weight(tmp_path, source, processor):
+    weights = []
+    for share, budget in ((True, 4096), (False, 4096), (True, 90)):
+        ours = make_ours(tmp_path / f"{share}-{budget}", source, processor, share=share, budget=budget)
+        ours.train()
+        weights.append(adapter(ours.model))
+    for others in weights[1:]:
+        for key, weight in weights[0].items():
+            assert_close(others[key], weight, atol=1e-9, rtol=1e-7)
+
+
+def test_steps_in_several_micro_batches_are_refused_with_the_same_step_in_one(tmp_path, source, processor):
+    with pytest.raises(ConfigError, match=r"per_device_train_batch_size=12 and gradient_accumulation_steps=1"):
+        make_ours(tmp_path, source, processor, gradient_accumulation_steps=2)
+
+
+def test_memory_that_runs_out_changes_no_weight(tmp_path, source, processor, monkeypatch):
+    """The first pack of each step does not fit; it is cut in two and the step is taken again."""
+    whole = make_ours(tmp_path / "whole", source, processor)
+    whole.train()
+    short, sizes = make_ours(tmp_path / "short", source, processor), []
+    scores = short.engine.pack_scores
+
+    def run_out(pack: Any, **more: Any) -> Any:
+        sizes.append(len(pack.wheres))
+        if len(pack.wheres) > GROUP and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("as a card of 12 GB would")
+        return scores(pack, **more)
+
+    monkeypatch.setattr(short.engine, "pack_scores", run_out)
+    short.train()
+    assert max(sizes) > GROUP
+    assert short.run_dir.read_oom()
+    for key, weight in adapter(whole.model).items():
+        assert_close(adapter(short.model)[key], weight, atol=1e-9, rtol=1e-7)

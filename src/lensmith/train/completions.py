@@ -11,6 +11,7 @@ from typing import Any
 from lensmith.config.tree import RunConfig
 from lensmith.rundir import RunDir, naming_full_disk
 from lensmith.train.grpo_stats import Batch
+from lensmith.types import counted
 
 COMPLETIONS = "completions.jsonl"
 
@@ -20,14 +21,25 @@ class CompletionLog:
 
     def __init__(self, run: RunDir, config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> None:
         self._run, self._every, self._tokenizer = run, config.rollout.show_every_steps, tokenizer
-        self._drawn = 0
+        self._say, self._drawn = say, 0
+        self._failed: dict[str, int] = {}
 
     @property
     def path(self) -> Path:
         return self._run.path / COMPLETIONS
 
+    def close(self) -> None:
+        """Say how often each reward failed."""
+        for name, count in self._failed.items():
+            self._say(f"Reward {name} failed for {counted(count, 'completion')} of this run.")
+
     def add(self, batch: Batch) -> None:
-        """One line per completion, written before the step is taken."""
+        """One line per completion, written before the step is taken; failures of rewards are said."""
+        for name, failure in batch.table.failures.items():
+            known = self._failed.get(name, 0)
+            self._failed[name] = known + failure.count
+            if not known:
+                self._say(f"{failure.first} Such completions have no number from it; failures are counted.")
         self._drawn += 1
         if (self._drawn - 1) % self._every:
             return

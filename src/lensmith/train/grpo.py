@@ -61,7 +61,8 @@ def train_grpo(
             progress.update(stats, total)
 
     stop, pause = StopOnInterrupt(), Pause(during if rank() == 0 else None, config.eval.every_steps)
-    trainer = build_trainer(prepared, say, on_stats)
+    log = CompletionLog(run, config, prepared.loaded.processor.tokenizer, say)
+    trainer = build_trainer(prepared, say, on_stats, log)
     trainer.add_callback(stop)
     trainer.add_callback(pause)
     start = time.perf_counter()
@@ -80,8 +81,7 @@ def train_grpo(
             )
         if rank() == 0:
             save_final(prepared, trainer.tuned)
-    for sentence in alarms.summary(trainer.rewards):
-        say(sentence)
+    log.close()
     return TrainResult(
         model=trainer.tuned,
         processor=prepared.loaded.processor,
@@ -106,7 +106,9 @@ def _engine_sentence(config: RunConfig) -> str:
     return f"Completions come from vLLM ({config.rollout.vllm_mode}), through TRL."
 
 
-def build_trainer(prepared: Prepared, say: Say, on_stats: Callable[[GrpoStats], None]) -> GRPOTrainer:
+def build_trainer(
+    prepared: Prepared, say: Say, on_stats: Callable[[GrpoStats], None], log: CompletionLog
+) -> GRPOTrainer:
     """The trainer of a prepared run."""
     config, loaded, encoder = prepared.config, prepared.loaded, prepared.encoder
     source = prepared.dataset.scan.source
@@ -135,7 +137,7 @@ def build_trainer(prepared: Prepared, say: Say, on_stats: Callable[[GrpoStats], 
         seed=config.seed,
         batch=config.rollout.batch,
     )
-    rewards = load_rewards(config.grpo.rewards, root=_reward_root(config), on_error=config.rollout.on_reward_error)
+    rewards = load_rewards(config.grpo.rewards, root=Path.cwd(), on_error=config.rollout.on_reward_error)
     rows = prepared.dataset.scan.rows
     return GRPOTrainer(
         model=prepared.model,
@@ -152,14 +154,9 @@ def build_trainer(prepared: Prepared, say: Say, on_stats: Callable[[GrpoStats], 
         guard=GradientGuard(say),
         memory=MemoryGuard(engine, prepared.run, say, budget_tokens=prepared.dataset.budget_tokens),
         on_stats=on_stats,
-        on_batch=CompletionLog(prepared.run, config, loaded.processor.tokenizer, say).add,
+        on_batch=log.add,
         own_optimizer=own_optimizer(prepared.model, config),
     )
-
-
-def _reward_root(config: RunConfig) -> Path:
-    """Files of rewards are looked for from where the command runs."""
-    return Path.cwd()
 
 
 def grpo_arguments(prepared: Prepared) -> GRPOConfig:

@@ -15,7 +15,6 @@ from lensmith.config.tree import Grpo
 
 if TYPE_CHECKING:
     from lensmith.train.grpo_stats import GrpoStats
-    from lensmith.train.rewards import RewardSet
 
 IN_A_ROW = 5
 """Steps that an alarm looks at."""
@@ -50,10 +49,6 @@ class Alarms:
                 sentences.append(f"Step {stats.step}: {sentence}")
             (self._ringing.add if rings else self._ringing.discard)(name)
         return sentences
-
-    def summary(self, rewards: RewardSet) -> list[str]:
-        """What is to be said at the end: rewards that failed."""
-        return list(rewards.failure_sentences())
 
     def _alarms(self, stats: GrpoStats) -> dict[str, tuple[bool, str]]:
         gap = stats.logprob_gap or 0.0

@@ -82,7 +82,7 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
                 callbacks=list(callbacks),
             )
         self._settle(groups=groups, run=run, guard=guard, memory=memory, own_optimizer=own_optimizer)
-        self.reward_weights = torch.tensor(rewards.weights, dtype=torch.float32)
+        self.reward_weights = torch.tensor(list(rewards.weights), dtype=torch.float32)
         self.engine, self.read, self.packer, self.rollout, self.rewards = engine, read, packer, rollout, rewards
         self.on_stats, self.on_batch = on_stats, on_batch
         self._meter = GrpoMeter()
@@ -91,6 +91,8 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
         """Of the batch generated last, one entry per completion; `row` counts in these."""
         self._pack: Pack | None = None
         """The pack whose loss is being computed; None where all rows of a batch are wanted."""
+        self._learns = True
+        """Whether any completion of the step under way had something to learn from."""
 
     # --- completions --------------------------------------------------------------------------------------------------
 
@@ -199,6 +201,11 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
             take_pack=functools.partial(self._take_pack, model, batch),
             drop_gradients=functools.partial(self.tuned.zero_grad, set_to_none=True),
         )
+        if not packs:
+            # TRL computes such a step and gets gradients of 0, by which AdamW's momentum moves on; so it does here.
+            for parameter in self.tuned.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self._learns = bool(packs)
         self._step += 1
         self._meter.after_step(packs, batch, self._completions, seconds=time.perf_counter() - started)
         return total
@@ -235,9 +242,7 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
         return 1.0
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
-        if all(parameter.grad is None for parameter in self.tuned.parameters()):
-            return torch.zeros(())  # no group of this step had anything to learn from
-        return super()._clip_grad_norm(model)
+        return super()._clip_grad_norm(model) if self._learns else torch.zeros(())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
