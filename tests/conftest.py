@@ -254,3 +254,20 @@ def processor() -> Any:
     import lensmith.model
 
     return AutoProcessor.from_pretrained(Path(lensmith.model.__file__).parent / "tiny")
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """`interpreted(function, *arguments)` runs a top-level function where Triton interprets its kernels on the CPU.
+
+    In a process of its own, because Triton decides when it is imported.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()

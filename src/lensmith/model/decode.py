@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lensmith.model.attention import build_layout, kept_runs, segment_runs
 from lensmith.model.decode_attention import attend_decode
 from lensmith.model.engine import Engine, run_layer
-from lensmith.model.kernels import rms_norm, rotate, swiglu
+from lensmith.model.kernels import rms_norm, rotate
 from lensmith.model.lora import project
+from lensmith.model.quant import has_triton
 from lensmith.model.sampling import Sampler, Sampling
 from lensmith.types import Pack
 
@@ -95,6 +97,8 @@ class Decoder:
         device = engine.place
         self._ends = torch.tensor(sorted(end_ids), device=device)
         self._sampler = Sampler(sampling, torch.tensor(sorted(never_ids), device=device, dtype=torch.int64))
+        self._layers: list[RowsThrough] = []
+        """The decoder's layers for a few rows; made at the first rollout, when adapters are in place."""
 
     @property
     def uses_graphs(self) -> bool:
@@ -111,6 +115,9 @@ class Decoder:
         """
         if self.engine.shadows is not None:
             self.engine.shadows.refresh()
+        self._layers = self._layers or [RowsThrough(layer) for layer in self.engine.model.language_model.layers]
+        for layer in self._layers:
+            layer.refresh()
         caches, hidden = self._prefill(prompts, members, max_new_tokens)
         state = self._start(prompts, hidden, members, max_new_tokens, generator)
         groups = len(prompts.segments)
@@ -182,11 +189,11 @@ class Decoder:
         hidden = engine.embed(state.last)
         positions = (state.first_positions + place).expand(3, 1, -1)
         rope = tuple(part[0] for part in decoder.rotary_emb(hidden[None], positions))
-        for index, layer in enumerate(decoder.layers):
+        for index, layer in enumerate(self._layers):
             engine.visit(index, "forward")
             own = (caches.own_k[index], caches.own_v[index])
             prefix = (caches.prefix_k[index], caches.prefix_v[index], caches.prefix_lengths)
-            hidden = _decode_layer(layer, hidden, rope, prefix, own, place, state.length, capacity)
+            hidden = layer.step(hidden, rope, prefix, own, place, state.length, capacity)
         self.append(state, engine.head_logits(rms_norm(decoder.norm, hidden)))
 
 
@@ -294,25 +301,66 @@ def prompt_hidden(
     return rms_norm(decoder.norm, hidden)
 
 
-def _decode_layer(
-    layer: Any,
-    hidden: Float[Tensor, "sequences width"],
-    rope: tuple[Tensor, ...],
-    prefix: tuple[Tensor, Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    place: Int[Tensor, " one"],
-    length: Int[Tensor, " one"],
-    capacity: int,
-) -> Float[Tensor, "sequences width"]:
-    """One decoder layer on one token per sequence; its keys and values are written at `place` of the `own` caches."""
-    attention = layer.self_attn
-    heads = lambda rows: rows.unflatten(-1, (-1, attention.head_dim))  # noqa: E731
-    normed = rms_norm(layer.input_layernorm, hidden)
-    query, key, value = project((attention.q_proj, attention.k_proj, attention.v_proj), normed)
-    query, key = rms_norm(attention.q_norm, heads(query)), rms_norm(attention.k_norm, heads(key))
-    query, key = rotate(query, key, rope, None)  # type: ignore[arg-type]
-    own[0].index_copy_(1, place, key[:, None])
-    own[1].index_copy_(1, place, heads(value)[:, None])
-    mixed = attend_decode(query, *prefix, own[0][:, :capacity], own[1][:, :capacity], length, attention.scaling)
-    hidden = hidden + project((attention.o_proj,), mixed.flatten(1))[0]
-    return hidden + swiglu(layer.mlp, rms_norm(layer.post_attention_layernorm, hidden))
+class RowsThrough:
+    """One decoder layer on one token per sequence, for as many tokens as a rollout writes."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._layer = layer
+        self._qkv = few_rows((attention.q_proj, attention.k_proj, attention.v_proj))
+        self._out, self._down = few_rows((attention.o_proj,)), few_rows((mlp.down_proj,))
+        self._gate_up = few_rows((mlp.gate_proj, mlp.up_proj), gated=True)
+
+    def refresh(self) -> None:
+        """Read the adapters as they are now."""
+        for linears in (self._qkv, self._out, self._gate_up, self._down):
+            linears.refresh()
+
+    def step(
+        self,
+        hidden: Float[Tensor, "sequences width"],
+        rope: tuple[Tensor, ...],
+        prefix: tuple[Tensor, Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
+        place: Int[Tensor, " one"],
+        length: Int[Tensor, " one"],
+        capacity: int,
+    ) -> Float[Tensor, "sequences width"]:
+        """The layer's output; its keys and values are written at `place` of the `own` caches."""
+        layer, attention = self._layer, self._layer.self_attn
+        heads = lambda rows: rows.unflatten(-1, (-1, attention.head_dim))  # noqa: E731
+        query, key, value = self._qkv.run(rms_norm(layer.input_layernorm, hidden))
+        query, key = rms_norm(attention.q_norm, heads(query)), rms_norm(attention.k_norm, heads(key))
+        query, key = rotate(query, key, rope, None)  # type: ignore[arg-type]
+        own[0].index_copy_(1, place, key[:, None])
+        own[1].index_copy_(1, place, heads(value)[:, None])
+        mixed = attend_decode(query, *prefix, own[0][:, :capacity], own[1][:, :capacity], length, attention.scaling)
+        (hidden,) = self._out.run(mixed.flatten(1), hidden)
+        (inner,) = self._gate_up.run(rms_norm(layer.post_attention_layernorm, hidden))
+        return self._down.run(inner, hidden)[0]
+
+
+def few_rows(linears: Sequence[Any], *, gated: bool = False) -> Any:
+    """The linears for a few rows: fused where Triton is, otherwise as everywhere."""
+    if not has_triton():
+        return PlainRows(linears, gated=gated)
+    from lensmith.model.few_rows import FewRows
+
+    return FewRows(linears, gated=gated)
+
+
+class PlainRows:
+    """What FewRows does, by `lora.project`, for any number of rows."""
+
+    def __init__(self, linears: Sequence[Any], *, gated: bool = False) -> None:
+        self._linears, self._gated = tuple(linears), gated
+
+    def refresh(self) -> None:
+        """Nothing is kept."""
+
+    def run(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+        """See `FewRows.run`."""
+        outputs = project(self._linears, x)
+        if self._gated:
+            return (F.silu(outputs[0]) * outputs[1],)
+        return outputs if residual is None else (residual + outputs[0],)
