@@ -14,7 +14,7 @@ from test_engine_gpu import gradients, laid_end_to_end, relative, samples, wide_
 from lensmith.config.tree import Tune
 from lensmith.model import kernels
 from lensmith.model.adapters import prepare_trainable
-from lensmith.model.engine import Engine, _run_layer
+from lensmith.model.engine import Engine, run_layer
 from lensmith.model.recompute import Waiting, recomputed
 from lensmith.types import Pack, Segment
 
@@ -228,4 +228,4 @@ def test_one_step_takes_less_of_the_hosts_time(eight_b, method):
 
 
 def _step(layer: Any, rope: Any, layout: Any, hidden: torch.Tensor, direction: str) -> torch.Tensor:
-    return _run_layer(layer, hidden, rope, layout, None)
+    return run_layer(layer, hidden, rope, layout, None)

@@ -5,7 +5,7 @@ modules within modules, 2.7 ms per layer, run and direction (docs/log.md 2026-11
 kernels with nothing in between; what belongs to the layer (weights, adapters, their order) is looked up once and kept for as
 long as it stays so.
 
-What it computes is what `engine._run_layer` computes, and it keeps no more. Two things are left out: a layer that runs again
+What it computes is what `engine.run_layer` computes, and it keeps no more. Two things are left out: a layer that runs again
 in the backward pass stops before its last product, whose result nobody asks for; and the sums with the residual happen inside
 the products that they follow. Fused are layers whose own weights are frozen, 16 bits or wider or in bitsandbytes' 4, with plain
 LoRA on any of their linears or on none (`fuse`). All others, and the last layer with its selected rows, go step by step.
