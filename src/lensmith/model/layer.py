@@ -6,8 +6,8 @@ kernels with nothing in between; what belongs to the layer (weights, adapters, t
 long as it stays so.
 
 What it computes is what `engine.run_layer` computes, and it keeps no more. Two things are left out: a layer that runs again
-in the backward pass stops before its last product, whose result nobody asks for; and the sums with the residual happen inside
-the products that they follow. Fused are layers whose own weights are frozen, 16 bits or wider or in bitsandbytes' 4, with plain
+in the backward pass stops before its last product, whose result nobody asks for; and linears with one input share their thin
+products. Fused are layers whose own weights are frozen, 16 bits or wider or in bitsandbytes' 4, with plain
 LoRA on any of their linears or on none (`fuse`). All others, and the last layer with its selected rows, go step by step.
 """
 
@@ -158,7 +158,7 @@ class FusedLayer:
         """The layer, outside of any graph; what its backward pass reads goes into `kept`."""
         middle = self._attention(hidden, rope, layout, kept)
         inner = self._inner(middle, kept)
-        (out,), thin = self._down.forward(inner, onto=middle, spend=kept is None)
+        (out,), thin = self._down.forward(inner, onto=middle)
         if kept is not None:
             kept.inner, kept.thin_inner = inner, thin
         return out

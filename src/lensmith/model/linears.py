@@ -43,16 +43,19 @@ class Linears:
         return all(part.is_current() for part in self.parts)
 
     def forward(
-        self, x: Float[Tensor, "tokens inputs"], onto: Tensor | None = None, *, spend: bool = False
+        self, x: Float[Tensor, "tokens inputs"], onto: Tensor | None = None
     ) -> tuple[list[Float[Tensor, "tokens outputs"]], Float[Tensor, "tokens ranks"] | None]:
-        """Outputs, and x A' for the backward pass. `onto`: what a lone linear's output is added to; in place if `spend`."""
+        """Outputs, and x A' for the backward pass. `onto` is what a lone linear's output is added to."""
         thin = x @ self._down(x.dtype).T if self._downs else None
         outputs = []
         for number, (part, columns) in enumerate(zip(self.parts, self._columns, strict=True)):
             weight = self._dense(number, x.dtype).T
-            y = x @ weight if onto is None else torch.addmm(onto, x, weight, out=onto if spend else None)
+            y = x @ weight if onto is None or columns is not None else torch.addmm(onto, x, weight)
             if columns is not None and thin is not None and part.up is not None:
                 y.addmm_(thin[:, columns], in_type(part.up, x.dtype).T, alpha=part.scale)
+                if onto is not None:
+                    # Last, so that only one rounding is of the size of the residual, which is far larger than y.
+                    y.add_(onto)
             outputs.append(y)
         return outputs, thin
 

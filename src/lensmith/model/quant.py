@@ -111,26 +111,41 @@ def is_four_bit(linear: nn.Module) -> bool:
 
 _dense: dict[torch.device, torch.Tensor] = {}
 """On each GPU the one buffer that 4-bit weights are widened into, as large as the largest of them: 96 MiB at 8B."""
+_places: dict[tuple[Any, ...], torch.Tensor] = {}
+"""The front of that buffer as a matrix, by device, shape and type."""
 
 
 def dense_weight(linear: Any, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
     """The weight of a linear as a matrix in `dtype`. That of a 4-bit one is good until the next call: use it at once."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    if not is_four_bit(linear):
-        return linear.weight
-    weight, state = linear.weight, linear.weight.quant_state
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
     if not weight.is_cuda:
+        from bitsandbytes.functional import dequantize_4bit
+
         return dequantize_4bit(weight.data, state).to(dtype)
-    size, buffer = math.prod(state.shape) * state.dtype.itemsize, _dense.get(weight.device)
-    if buffer is None or buffer.nbytes < size:
-        buffer = _dense[weight.device] = torch.empty(size, dtype=torch.uint8, device=weight.device)
-    out = buffer[:size].view(state.dtype).view(state.shape)
+    # Called twenty times per layer and step, so that what can be found once is found once.
+    out = _places.get((weight.device, state.shape, state.dtype))
+    if out is None:
+        out = _make_place(weight.device, state)
     if _kernel_reads(state):
         from lensmith.model.nf4 import widen
 
         return widen(weight.data, state, out).to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
     return dequantize_4bit(weight.data, state, out=out).to(dtype)
+
+
+def _make_place(device: torch.device, state: Any) -> Tensor:
+    size, buffer = math.prod(state.shape) * state.dtype.itemsize, _dense.get(device)
+    if buffer is None or buffer.nbytes < size:
+        _places.clear()  # they would keep the smaller buffer
+        buffer = _dense[device] = torch.empty(size, dtype=torch.uint8, device=device)
+    place = buffer[:size].view(state.dtype).view(state.shape)
+    _places[device, state.shape, state.dtype] = place
+    return place
 
 
 @cache
