@@ -362,6 +362,13 @@ def test_stacked_shadows_follow_the_adapters(build_tiny, pack):
     assert down.shadow.data_ptr() == fused._qkv._stacked[4:8].data_ptr()
 
 
+def test_layers_made_in_inference_mode_can_train_afterwards(build_tiny, pack):
+    tuned = prepare(build_tiny(cls=Engine, dtype=torch.bfloat16))
+    with torch.inference_mode():
+        tuned(pack=pack)
+    assert len(run(tuned, pack)[1]) == LAYERS * 7 * 2
+
+
 def test_a_new_shadow_takes_the_place_it_has_in_a_stack():
     layer = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 4), "b": torch.nn.Linear(6, 4)})
     tuned = get_peft_model(layer, LoraConfig(r=2, target_modules=["a", "b"]))  # type: ignore[arg-type]

@@ -126,7 +126,7 @@ class Shadows:
 
         The matrix is theirs from now on: each `refresh` fills it.
         """
-        stacked = torch.empty(sum(map(len, downs)), downs[0].shape[1], dtype=self._dtype, device=downs[0].device)
+        stacked = self._empty(downs[0], sum(map(len, downs)), downs[0].shape[1])
         for down, rows in zip(downs, stacked.split([len(down) for down in downs]), strict=True):
             rows.copy_(down.detach())
             down.shadow = rows  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,9 +140,14 @@ class Shadows:
     def _shadow(self, source: Tensor) -> Tensor:
         shadow = getattr(source, "shadow", None)
         if shadow is None or shadow.dtype is not self._dtype or shadow.device != source.device:
-            shadow = torch.empty_like(source, dtype=self._dtype, requires_grad=False)
+            shadow = self._empty(source, *source.shape)
             source.shadow = shadow  # pyright: ignore[reportAttributeAccessIssue]
         return shadow
+
+    def _empty(self, source: Tensor, *shape: int) -> Tensor:
+        # What an evaluation in inference mode makes could not be written to in training.
+        with torch.inference_mode(mode=False):
+            return torch.empty(shape, dtype=self._dtype, device=source.device)
 
 
 def in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:

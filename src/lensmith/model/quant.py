@@ -142,7 +142,8 @@ def _make_place(device: torch.device, state: Any) -> Tensor:
     size, buffer = math.prod(state.shape) * state.dtype.itemsize, _dense.get(device)
     if buffer is None or buffer.nbytes < size:
         _places.clear()  # they would keep the smaller buffer
-        buffer = _dense[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        with torch.inference_mode(mode=False):  # it is written to in training too
+            buffer = _dense[device] = torch.empty(size, dtype=torch.uint8, device=device)
     place = buffer[:size].view(state.dtype).view(state.shape)
     _places[device, state.shape, state.dtype] = place
     return place
