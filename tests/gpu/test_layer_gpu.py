@@ -85,7 +85,7 @@ def test_one_step_is_as_close_to_fp32_as_step_by_step(wide_config, samples, reco
     assert errors[True][0] <= NOT_WORSE * errors[False][0]
     assert errors[True][1] <= NOT_WORSE * errors[False][1]
     # Two passes of the same way: what is used again (buffers, shadows, stacks) is as it was.
-    assert relative(run(tuned, pack)[1], ours) < 0.2 * errors[True][0]
+    assert relative(run(tuned, pack)[1], ours) < 0.5 * errors[True][0]
 
 
 def test_each_small_step_is_its_autograd_function():
