@@ -68,7 +68,7 @@ def find_column(sample: Sample, column: str) -> Any:
         held = ", ".join(sample.columns) or "none besides the messages"
         raise RewardError(
             f"{sample.where}: column {column!r} is asked for, but the row's columns are: {held}. "
-            "Add it to the rows, or name another one in the reward's `column`."
+            "Add it to the rows, or let the reward read one that they have."
         )
     return sample.columns[column]
 
@@ -237,6 +237,7 @@ def json_schema(
     """
     from jsonschema.validators import validator_for
     from referencing import Registry
+    from referencing.exceptions import Unresolvable
 
     rules = schema if schema is not None else _schema_of(completion.sample, column)
     answer = final_answer(completion.text)
@@ -246,7 +247,15 @@ def json_schema(
         value = json.loads(answer, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # a text of brackets alone nests deeper than any reader
         return broken
-    return valid if validator_for(rules)(rules, registry=Registry()).is_valid(value) else mismatch
+    # Without a registry of its own jsonschema would fetch what `$ref` names, from wherever a row says.
+    validator = validator_for(rules)(rules, registry=Registry())
+    try:
+        return valid if validator.is_valid(value) else mismatch
+    except Unresolvable as cause:
+        raise RewardError(
+            f"{completion.sample.where}: the schema refers to {cause.ref!r}, which is not in it, and nothing is fetched. "
+            "Put what it names under `$defs` of the schema itself."
+        ) from cause
 
 
 def length(

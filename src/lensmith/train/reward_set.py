@@ -147,8 +147,10 @@ class _Column:
         number, cause = self.reasons[0]
         samples = self.batch.samples
         where = samples[number].where if number != ALL else _span(samples)
-        told = isinstance(cause, RewardError)
-        reason = str(cause).removeprefix(f"{where}: ") if told else f"{type(cause).__name__}: {cause}"
+        reason = str(cause) if isinstance(cause, RewardError) else f"{type(cause).__name__}: {cause}"
+        # A column that is missing is missing in one row, also where the function was asked about all of them.
+        where = next((row.where for row in samples if reason.startswith(f"{row.where}: ")), where)
+        reason = reason.removeprefix(f"{where}: ")
         home = f" ({self.reward.home})" if self.reward.home else ""
         return f"{where}: reward {self.reward.name}{home}: {reason}"
 
