@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, docs/config.md and the tables of README.md, docs/check.md and docs/memory.md; `--check` compares, for CI.
+"""Writes docs/cli.md, docs/config.md and the tables of README.md and of the pages below; `--check` compares, for CI.
 
 python tools/write_docs.py
 python tools/write_docs.py --check
@@ -6,6 +6,8 @@ python tools/write_docs.py --check
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +25,14 @@ from lensmith.cli import app  # noqa: E402
 from lensmith.config.rules import CONTRADICTIONS, WITHOUT_EFFECT  # noqa: E402
 from lensmith.config.schema import describe_section, list_sections, list_settings  # noqa: E402
 from lensmith.screens import write_default  # noqa: E402
+from lensmith.train.reward_functions import REWARDS, RewardFunction  # noqa: E402
 
 CODES_START = "<!-- codes: written by tools/write_docs.py from src/lensmith/check/findings.py -->"
 CODES_END = "<!-- /codes -->"
 LADDER_START = "<!-- ladder: written by tools/write_docs.py from benchmarks/results/memory-ladder.json -->"
 LADDER_END = "<!-- /ladder -->"
+REWARDS_START = "<!-- rewards: written by tools/write_docs.py from src/lensmith/train/reward_functions.py -->"
+REWARDS_END = "<!-- /rewards -->"
 GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
 
 
@@ -97,6 +102,43 @@ def codes_table() -> str:
     return "\n".join(lines)
 
 
+def rewards_table() -> str:
+    """Every named reward, from its docstring and its signature."""
+    lines = ["| Name | When it pays | Reads | Range | Parameters | Source |", "|---|---|---|---|---|---|"]
+    for name, function in REWARDS.items():
+        cells = [f"`{name}`", *_told(function), _defaults(function)]
+        cells[4:] = reversed(cells[4:])  # the source comes last
+        lines.append("| " + " | ".join(cell.replace("|", chr(92) + "|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _told(function: RewardFunction) -> list[str]:
+    """What the docstring says on its first line, and after `Reads:`, `Range:` and `Source:`.
+
+    Raises:
+        ValueError: one of the four is missing.
+    """
+    doc = inspect.getdoc(function) or ""
+    found = re.search(r"(.*?)\n\n.*?Reads: (.*?)\nRange: (.*?)\nSource: (.*)", doc, re.DOTALL)
+    if found is None:
+        raise ValueError(
+            f"{function.__qualname__} must say in its docstring what it Reads:, its Range: and its Source:"
+        )
+    return [" ".join(text.split()).rstrip(".") for text in found.groups()]
+
+
+def _defaults(function: RewardFunction) -> str:
+    parameters = [one for one in inspect.signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    return ", ".join(
+        f"`{one.name}` (needed)" if one.default is one.empty else f"`{one.name}: {_written(one.default)}`"
+        for one in parameters
+    )
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def fill(page: Path, start: str, table: str, end: str) -> str:
     """The page with the table between its two marks brought up to date.
 
@@ -118,6 +160,7 @@ def pages() -> dict[Path, str]:
         REPOSITORY / "docs" / "config.md": config_page(),
         docs / "check.md": fill(docs / "check.md", CODES_START, codes_table(), CODES_END),
         docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
+        docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),
     }
 

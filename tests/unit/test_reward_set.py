@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,7 +168,7 @@ def test_a_row_that_lacks_a_column_is_named_among_its_batch(root):
     rows = [sample("rows.jsonl:1", "42", unit="$"), sample("rows.jsonl:2", "42", price=3)]
     table = load_rewards(["my_rewards.py:needs_unit"], root=root).score(batch("42", "42", samples=rows))
     assert table.failures["needs_unit"].first.startswith(
-        "rows.jsonl:2: reward needs_unit (my_rewards.py:needs_unit): column 'unit' is asked for, but the row's columns are: price."
+        "rows.jsonl:2: reward needs_unit (my_rewards.py:needs_unit): column 'unit' is asked for, but the row's columns"
     )
 
 
@@ -236,3 +238,19 @@ def test_specs_are_read_without_running_anything(tmp_path):
 
 def test_the_guides_extractor_is_exported():
     assert extract_boxed_answer(r"so \boxed{7}") == "7"
+
+
+def test_the_example_of_the_docs_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(example, encoding="utf-8")
+    rewards = load_rewards([{"name": "my_rewards.py:price_match", "within": 0.1}], root=tmp_path)
+    rows = [
+        sample("rows.jsonl:1", "42.00"),
+        sample("rows.jsonl:2", "3"),
+        sample("rows.jsonl:3", "7"),
+        sample("rows.jsonl:4", "1"),
+    ]
+    table = rewards.score(batch(r"so \boxed{42.05}", r"\boxed{4}", "seven", r"\boxed{one}", samples=rows))
+    assert not table.failures
+    np.testing.assert_array_equal(table.values, [[1], [0], [math.nan], [0]])

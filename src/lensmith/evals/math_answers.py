@@ -33,6 +33,8 @@ _WORD = re.compile(
 _WRAPPING = re.compile(
     r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}|\\(?:left|right|displaystyle|,|;|!|:)|\$|\\[()\[\]]"
 )
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+"""White space that says nothing; between two digits it does: 1 1/2 is not 11/2."""
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:/\d{1,30})?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -47,7 +49,7 @@ def math_equal(answer: str, reference: str) -> bool:
     Not symmetric where math-verify is not: a reference `x=3` takes the answer `3`.
     """
     answer, reference = _plain(answer), _plain(reference)
-    if "".join(answer.split()) == "".join(reference.split()):
+    if answer == reference:
         return True
     # To sympy a word is the product of its letters, so every anagram of it would be right.
     if _is_prose(answer) or _is_prose(reference):
@@ -93,14 +95,15 @@ def _is_prose(text: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text without its box, dollar signs, \\text{} and spacing commands."""
+    """The text without its box, dollar signs, \\text{}, spacing commands and white space; prose keeps its spaces."""
     boxed = extract_boxed(text)
-    return _WRAPPING.sub(lambda match: match[1] or "", text if boxed is None else boxed).strip()
+    bare = _WRAPPING.sub(lambda match: match[1] or "", text if boxed is None else boxed).strip()
+    return bare if _is_prose(bare) else _SPACE.sub("", bare)
 
 
 def _exact_number(text: str) -> Fraction | None:
     """`-1,250.5`, `3/4` or `\\frac{3}{4}` as an exact fraction; None for anything else."""
-    text = _THOUSANDS.sub("", text.replace("−", "-").replace(" ", "").rstrip("."))
+    text = _THOUSANDS.sub("", text.replace("−", "-").rstrip("."))
     fraction = _FRACTION.fullmatch(text)
     text = f"{fraction[1]}{fraction[2]}/{fraction[3]}" if fraction else text
     if not _NUMBER.fullmatch(text):

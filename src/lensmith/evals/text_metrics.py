@@ -14,7 +14,9 @@ ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
 """Masry et al. (ChartQA), arXiv:2203.10244: what is read off an axis may be 5 % off."""
 
-_NUMBER = re.compile(r"(?P<sign>[-+]?)[$€£¥]?(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?P<percent>%?)")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)[$€£¥]?(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?P<power>(?:[eE][-+]?\d+)?)(?P<percent>%?)"
+)
 
 
 def anls(answer: str, reference: str, threshold: float = ANLS_THRESHOLD) -> float:
@@ -44,11 +46,11 @@ def relaxed_match(answer: str, reference: str, tolerance: float = RELAXED_TOLERA
 
 
 def read_number(text: str) -> float | None:
-    """The number that a text is: `-1,250.5`, `$5`, `5%` as 0.05; None for anything else."""
+    """The number that a text is: `-1,250.5`, `$5`, `2e-4`, `5%` as 0.05; None for anything else."""
     match = _NUMBER.fullmatch(text.strip().replace("−", "-"))
     if match is None:
         return None
-    number = float(match["sign"] + match["digits"].replace(",", ""))
+    number = float(match["sign"] + match["digits"].replace(",", "") + match["power"])
     number = number / 100 if match["percent"] else number
     return number if math.isfinite(number) else None
 

@@ -231,7 +231,7 @@ def json_schema(
 ) -> float:
     """Whether the answer is JSON that fits a schema: `schema`, or the row's `column` (an object, or its text).
 
-    Reads: the answer behind the thought, with or without ``` fences.
+    Reads: the answer behind the thought, with or without code fences.
     Range: `broken` where it is no JSON, `mismatch` where it does not fit, `valid` where it does.
     Source: [JSON Schema](https://json-schema.org), by jsonschema; addresses in `$ref` are never fetched.
     """
