@@ -265,9 +265,8 @@ def interpreted() -> Iterator[Callable[..., Any]]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
-        patch.setenv("TRITON_INTERPRET", "1")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(int).result()  # starts the process, which inherits the variable; this one must not keep it
         yield lambda function, *arguments: pool.submit(function, *arguments).result()

@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from lensmith.model.few_rows_kernels import project_rows, thin_rows
 from lensmith.model.lora import project, split_linear
-from lensmith.model.nf4 import BLOCK, SCALES_PER_SCALE
-from lensmith.model.quant import is_four_bit
+from lensmith.model.quant import has_triton, is_four_bit
 
 MAX_ROWS, MAX_LINEARS = 64, 3
+BLOCK_BYTES = 32
+"""Of 64 values of 4 bits that share a scale; see nf4.py."""
 PARTS = 2**22
 """fp32 values of room for split inputs, 16 MiB. 64 rows of 8B's down projection in six parts take 6 MiB."""
 TICKETS = 4096
@@ -58,7 +57,7 @@ class Tile:
 
 TILES = {
     16: Tile(columns=64, blocks=4, programs_per_sm=3, warps=4, stages=3),
-    32: Tile(columns=64, blocks=4, programs_per_sm=3, warps=4, stages=3),
+    32: Tile(columns=64, blocks=2, programs_per_sm=3, warps=4, stages=3),
     64: Tile(columns=128, blocks=2, programs_per_sm=2, warps=8, stages=3),
 }
 """By number of rows, filled up to what the tensor cores take."""
@@ -111,7 +110,7 @@ class FewRows:
         self.widths: tuple[int, ...] = tuple(state.shape[0] for state in states)
         self.num_inputs: int = states[0].shape[1]
         ranks = [len(part.down) for part in self._parts if part.down is not None]
-        self._rank = max(LEAST_RANK, triton.next_power_of_2(max(ranks))) if ranks else 0
+        self._rank = max(LEAST_RANK, _power_of_two(max(ranks))) if ranks else 0
         like = {"dtype": torch.bfloat16, "device": self._packed[0].device}
         self._down = torch.zeros(len(states) * self._rank, self.num_inputs, **like)
         self._up = torch.zeros(sum(self.widths), self._rank, **like)
@@ -161,24 +160,26 @@ class FewRows:
 
     def _thin(self, x: Tensor, rows: int) -> Float[Tensor, "rows ranks"]:
         """x through the downs of all adapters."""
+        from lensmith.model.few_rows_kernels import thin_rows
+
         space, width = workspace(x.device), len(self._down)
         out = x.new_empty(len(x), width)
-        splits = triton.cdiv(self.num_inputs, THIN_INPUTS)
+        splits = _parts_of(self.num_inputs, THIN_INPUTS)
         launch: Any = thin_rows[(splits,)]
         launch(
             x, self._down, space.parts, space.tickets, out, len(x), self.num_inputs, width,
-            ROWS=rows, WIDTH=triton.next_power_of_2(width), INPUTS=THIN_INPUTS, SPLITS=splits, COMPILED=x.is_cuda,
+            ROWS=rows, WIDTH=_power_of_two(width), INPUTS=THIN_INPUTS, SPLITS=splits, COMPILED=x.is_cuda,
         )  # fmt: skip
         return out
 
     def _launch(self, x: Tensor, thin: Tensor, residual: Tensor | None, out: Tensor, rows: int, tile: Tile) -> None:
+        from lensmith.model.few_rows_kernels import project_rows
+
         space, states = workspace(x.device), self._states
         # Places of linears that are not there get the first one's tensors and a width of nothing.
         places = [index if index < len(states) else 0 for index in range(MAX_LINEARS)]
         widths = [*self.widths, 0, 0][:MAX_LINEARS]
-        blocks = (
-            triton.cdiv(widths[0], tile.columns) if self.gated else sum(triton.cdiv(w, tile.columns) for w in widths)
-        )
+        blocks = _parts_of(widths[0], tile.columns) if self.gated else sum(_parts_of(w, tile.columns) for w in widths)
         row_bytes = self.num_inputs // 2
         splits, split_bytes = _split_inputs(
             blocks, rows, row_bytes, tile, space.multiprocessors, tensors=1 + self.gated
@@ -209,17 +210,21 @@ def _split_inputs(
     blocks: int, rows: int, row_bytes: int, tile: Tile, multiprocessors: int, *, tensors: int
 ) -> tuple[int, int]:
     """How many parts the inputs are read in, and the bytes of a weight row in each: whole steps, none of them empty."""
-    steps = triton.cdiv(row_bytes, tile.blocks * BLOCK // 2)
+    steps = _parts_of(row_bytes, tile.blocks * BLOCK_BYTES)
     wanted = max(1, round(multiprocessors * tile.programs_per_sm / blocks))
     room = PARTS // (blocks * tile.columns * rows * tensors)
-    steps_each = triton.cdiv(steps, max(1, min(wanted, room, steps)))
-    return triton.cdiv(steps, steps_each), steps_each * tile.blocks * BLOCK // 2
+    steps_each = _parts_of(steps, max(1, min(wanted, room, steps)))
+    return _parts_of(steps, steps_each), steps_each * tile.blocks * BLOCK_BYTES
 
 
 def _readable(bases: Sequence[Any]) -> bool:
     """Whether the kernel reads all of these: NF4 with double quantisation, one length of row, whole blocks in it, one map."""
-    if not all(is_four_bit(base) for base in bases):
+    if not has_triton() or not all(is_four_bit(base) for base in bases):
         return False
+    import triton
+
+    from lensmith.model.nf4 import BLOCK, SCALES_PER_SCALE
+
     interpreted = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
     if not all(base.weight.is_cuda or interpreted for base in bases):
         return False
@@ -237,3 +242,12 @@ def _readable(bases: Sequence[Any]) -> bool:
         a.shape[1] == b.shape[1] and torch.equal(a.code, b.code) and torch.equal(a.state2.code, b.state2.code)
         for a, b in pairwise(states)
     )
+
+
+def _parts_of(length: int, part: int) -> int:
+    """How many parts cover a length."""
+    return -(-length // part)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
