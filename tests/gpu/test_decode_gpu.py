@@ -42,7 +42,11 @@ def engine(tiny_config) -> Any:
             for name, linear in list(owner.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     stored = Linear4bit(
-                        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                        linear.in_features,
+                        linear.out_features,
+                        bias=False,
+                        compute_dtype=torch.bfloat16,
+                        quant_type="nf4",
                     )
                     stored.weight = Params4bit(
                         linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True

@@ -100,6 +100,7 @@ CASES = {
     "not all adapted": ([64, 72], 256, 16, [8, 0]),
     "33 rows over a wide tile": ([200, 64, 8], 192, 33, [4, 4, 4]),
     "64 rows": ([130], 512, 64, [16]),
+    "large ranks": ([72, 64], 192, 5, [100, 30]),
     "scales of scales in more than one group": ([80], 1024, 8, [16]),
 }
 
@@ -187,18 +188,18 @@ def test_plain_linears_take_the_ordinary_way():
     assert_close(FewRows(linears[:1]).run(x, x[:, :24])[0], linears[0](x) + x[:, :24])
 
 
-def too_many_rows_case():
+def misfits_case():
     from lensmith.model.few_rows import FewRows
 
     prepared = FewRows([nf4_linear(64, 128, 0)])
-    with pytest.raises(ValueError, match=r"\(65, 128\); at most 64 rows of 128 inputs"):
-        prepared.run(torch.zeros(65, 128, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"\(5, 64\); at most 64 rows of 128 inputs"):
+    with pytest.raises(ValueError, match=r"residual of shape \(5, 128\) for 5 rows of 64 outputs"):
+        prepared.run(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 128, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"\(5, 64\); these linears read rows of 128 inputs"):
         prepared.run(torch.zeros(5, 64, dtype=torch.bfloat16))
 
 
-def test_too_many_rows_are_named(interpreted):
-    interpreted(too_many_rows_case)
+def test_shapes_that_do_not_fit_are_named(interpreted):
+    interpreted(misfits_case)
 
 
 def test_what_one_launch_cannot_take_is_named():

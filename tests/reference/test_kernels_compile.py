@@ -26,7 +26,7 @@ def compiled(kernel, types, constants, divisible, **options):
     }
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=even)
-    return triton.compile(source, target=GPUTarget(*H100), options=options)
+    return triton.compile(source, target=GPUTarget(*H100), options={"enable_fp_fusion": True} | options)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -43,9 +43,8 @@ def test_project_rows_widens_in_registers_and_multiplies_on_tensor_cores(rows, g
     constants = {"ROWS": rows, "COLUMNS": tile.columns, "BLOCKS": tile.blocks, "SPLITS": 2, "RANK": 16}
     constants |= {"GATED": gated, "HAS_RESIDUAL": not gated, "COMPILED": True, "STAGES": tile.stages}
     divisible = {"width_a", "width_b", "width_c", "row_bytes", "split_bytes", "thin_width", "num_rows"}
-    made = compiled(
-        project_rows, types, constants, divisible, num_warps=tile.warps, num_stages=3, enable_fp_fusion=False
-    )
+    options = {"num_warps": tile.warps, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    made = compiled(project_rows, types, constants, divisible, **options)
     ptx = made.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "shfl.sync.idx.b32" in ptx

@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lensmith.model.attention import build_layout, kept_runs, segment_runs
-from lensmith.model.decode_attention import attend_decode
+from lensmith.model.decode_attention import attend_decode, reads_to_length, write_decode
 from lensmith.model.engine import Engine, run_layer
-from lensmith.model.kernels import rms_norm, rotate
+from lensmith.model.kernels import rms_norm
 from lensmith.model.lora import project
 from lensmith.model.quant import has_triton
 from lensmith.model.sampling import Sampler, Sampling
@@ -185,15 +185,16 @@ class Decoder:
     def step(self, caches: _Caches, state: _State, capacity: int) -> None:
         """One token more for every sequence; no tensor leaves the device and no shape depends on one."""
         engine, decoder = self.engine, self.engine.model.language_model
-        place = state.length - 1  # where this token's keys and values go
+        length = state.length.int()  # as the kernels read it
+        place = length - 1  # where this token's keys and values go
         hidden = engine.embed(state.last)
         positions = (state.first_positions + place).expand(3, 1, -1)
-        rope = tuple(part[0] for part in decoder.rotary_emb(hidden[None], positions))
+        cos, sin = decoder.rotary_emb(hidden[None], positions)
         for index, layer in enumerate(self._layers):
             engine.visit(index, "forward")
             own = (caches.own_k[index], caches.own_v[index])
             prefix = (caches.prefix_k[index], caches.prefix_v[index], caches.prefix_lengths)
-            hidden = layer.step(hidden, rope, prefix, own, place, state.length, capacity)
+            hidden = layer.step(hidden, (cos[0], sin[0]), prefix, own, place, length, capacity)
         self.append(state, engine.head_logits(rms_norm(decoder.norm, hidden)))
 
 
@@ -209,7 +210,9 @@ class _Batch:
         self._numbers = list(range(groups * members))
         """Which completion each slot writes; None for a slot that only fills the shape."""
         self._graph: Any = None
-        self._capacity = min(FIRST_CAPACITY, max_new_tokens)
+        # The kernel ends at the length, whatever the capacity; the plain form reads all of what it is given.
+        whole = reads_to_length(caches.own_k[0])
+        self._capacity = max_new_tokens if whole else min(FIRST_CAPACITY, max_new_tokens)
 
     def decode(self, generator: torch.Generator) -> None:
         length = 1
@@ -319,7 +322,7 @@ class RowsThrough:
     def step(
         self,
         hidden: Float[Tensor, "sequences width"],
-        rope: tuple[Tensor, ...],
+        rope: tuple[Tensor, Tensor],
         prefix: tuple[Tensor, Tensor, Tensor],
         own: tuple[Tensor, Tensor],
         place: Int[Tensor, " one"],
@@ -329,11 +332,8 @@ class RowsThrough:
         """The layer's output; its keys and values are written at `place` of the `own` caches."""
         layer, attention = self._layer, self._layer.self_attn
         heads = lambda rows: rows.unflatten(-1, (-1, attention.head_dim))  # noqa: E731
-        query, key, value = self._qkv.run(rms_norm(layer.input_layernorm, hidden))
-        query, key = rms_norm(attention.q_norm, heads(query)), rms_norm(attention.k_norm, heads(key))
-        query, key = rotate(query, key, rope, None)  # type: ignore[arg-type]
-        own[0].index_copy_(1, place, key[:, None])
-        own[1].index_copy_(1, place, heads(value)[:, None])
+        query, key, value = map(heads, self._qkv.run(rms_norm(layer.input_layernorm, hidden)))
+        query = write_decode(query, key, value, attention.q_norm, attention.k_norm, rope, *own, place)
         mixed = attend_decode(query, *prefix, own[0][:, :capacity], own[1][:, :capacity], length, attention.scaling)
         (hidden,) = self._out.run(mixed.flatten(1), hidden)
         (inner,) = self._gate_up.run(rms_norm(layer.post_attention_layernorm, hidden))

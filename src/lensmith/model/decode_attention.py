@@ -49,7 +49,7 @@ def attend_decode(
             "must be a multiple of groups, and lengths 1 or one per sequence. Fill the last group up with copies."
         )
     arguments = (query, prefix_k, prefix_v, prefix_lengths, own_k, own_v, own_length, scale)
-    return _attend_parts(*arguments) if _compiles(query) else attend_plainly(*arguments)
+    return _attend_parts(*arguments) if reads_to_length(query) else attend_plainly(*arguments)
 
 
 def attend_plainly(
@@ -102,7 +102,7 @@ def write_decode(
     `position` is the number of entries before this token. Nothing checks it on the device: it must be below the capacity.
     """
     cos, sin = rope
-    if not _compiles(query):
+    if not reads_to_length(query):
         query, key = modeling_qwen3_vl.apply_rotary_pos_emb(q_norm(query), k_norm(key), cos, sin)
         rows, places = torch.arange(len(query), device=query.device), position.expand(len(query)).long()
         own_k[rows, places], own_v[rows, places] = key.to(own_k.dtype), value.to(own_v.dtype)
@@ -121,8 +121,8 @@ def write_decode(
     return rotated
 
 
-def _compiles(query: Tensor) -> bool:
-    """Whether the kernels take this: on a GPU (or interpreted), not in float64, a width that is a power of two."""
+def reads_to_length(query: Tensor) -> bool:
+    """Whether the kernels, which end at the lengths, take this: on a GPU (or interpreted), not in float64, width a power of two."""
     if not has_triton() or query.dtype is torch.float64 or query.shape[-1] < 16 or query.shape[-1].bit_count() != 1:
         return False
     import triton

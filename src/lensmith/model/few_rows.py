@@ -37,6 +37,8 @@ THIN_INPUTS = 128
 """Inputs per program of the product with the adapters' downs: 32 programs at 8B."""
 LEAST_RANK = 16
 """Inner length of the shortest tensor core product; smaller ranks are filled up with zeros."""
+MOST_RANK = 128
+"""A program holds that many columns of the adapters' ups at once; larger ranks take `lora.project`'s way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,14 @@ class Tile:
     warps: int
     stages: int
     """Steps that are on their way from memory at once."""
+    registers: int | None = None
+    """Most per thread. A multiprocessor has 65,536: 128 let two programs of eight warps run on it, and cost nothing."""
 
 
 TILES = {
     16: Tile(columns=64, blocks=4, programs_per_sm=3, warps=4, stages=3),
     32: Tile(columns=64, blocks=2, programs_per_sm=3, warps=4, stages=3),
-    64: Tile(columns=128, blocks=2, programs_per_sm=2, warps=8, stages=3),
+    64: Tile(columns=128, blocks=2, programs_per_sm=2, warps=8, stages=3, registers=128),
 }
 """By number of rows, filled up to what the tensor cores take."""
 
@@ -101,7 +105,7 @@ class FewRows:
         self.linears, self.gated = tuple(linears), gated
         parts = [split_linear(linear) for linear in linears]
         self._parts = [part for part in parts if part is not None]
-        self.fused = len(self._parts) == len(linears) and _readable([part.base for part in self._parts])
+        self.fused = len(self._parts) == len(linears) and _readable(self._parts, gated)
         if not self.fused:
             return
         states = [part.base.weight.quant_state for part in self._parts]
@@ -144,6 +148,15 @@ class FewRows:
             )
         if not (self.fused and x.dtype is torch.bfloat16) or len(x) > MAX_ROWS:
             return self._unfused(x, residual)
+        if x.ndim != 2 or x.shape[1] != self.num_inputs:
+            raise ValueError(
+                f"few_rows: rows of shape {tuple(x.shape)}; these linears read rows of {self.num_inputs} inputs."
+            )
+        if residual is not None and residual.shape != (len(x), self.widths[0]):
+            raise ValueError(
+                f"few_rows: a residual of shape {tuple(residual.shape)} for {len(x)} rows of {self.widths[0]} outputs. "
+                "Give one row per row of x."
+            )
         x, num_rows = x.contiguous(), len(x)
         rows = next(size for size in TILES if size >= num_rows)
         thin = self._thin(x, rows) if self._rank else x
@@ -163,6 +176,8 @@ class FewRows:
         from lensmith.model.few_rows_kernels import thin_rows
 
         space, width = workspace(x.device), len(self._down)
+        if width > MOST_RANK:  # too wide for one program's registers
+            return x @ self._down.T
         out = x.new_empty(len(x), width)
         splits = _parts_of(self.num_inputs, THIN_INPUTS)
         launch: Any = thin_rows[(splits,)]
@@ -196,7 +211,7 @@ class FewRows:
             *(self._parts[i].scale for i in places), len(self._down),
             ROWS=rows, COLUMNS=tile.columns, BLOCKS=tile.blocks, SPLITS=splits, RANK=self._rank, GATED=self.gated,
             HAS_RESIDUAL=residual is not None, COMPILED=x.is_cuda, STAGES=tile.stages,
-            num_warps=tile.warps,
+            num_warps=tile.warps, maxnreg=tile.registers,
             enable_fp_fusion=False,  # the scale of a block is rounded before its offset is added, as in bitsandbytes
         )  # fmt: skip
 
@@ -217,8 +232,9 @@ def _split_inputs(
     return _parts_of(steps, steps_each), steps_each * tile.blocks * BLOCK_BYTES
 
 
-def _readable(bases: Sequence[Any]) -> bool:
-    """Whether the kernel reads all of these: NF4 with double quantisation, one length of row, whole blocks in it, one map."""
+def _readable(parts: Sequence[Any], gated: bool) -> bool:
+    """Whether the kernel reads all of these: NF4 with double quantisation, rows of one length and whole blocks, one map."""
+    bases = [part.base for part in parts]
     if not has_triton() or not all(is_four_bit(base) for base in bases):
         return False
     import triton
@@ -226,21 +242,29 @@ def _readable(bases: Sequence[Any]) -> bool:
     from lensmith.model.nf4 import BLOCK, SCALES_PER_SCALE
 
     interpreted = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
-    if not all(base.weight.is_cuda or interpreted for base in bases):
-        return False
     states = [base.weight.quant_state for base in bases]
-    nf4 = all(
-        state.nested
+    each = all(
+        (base.weight.is_cuda or interpreted)
+        and state.nested
         and state.quant_type == "nf4"
         and state.blocksize == BLOCK
         and state.state2.blocksize == SCALES_PER_SCALE
         and state.dtype is torch.bfloat16
         and state.shape[1] % BLOCK == 0
-        for state in states
+        for base, state in zip(bases, states, strict=True)
     )
-    return nf4 and all(
-        a.shape[1] == b.shape[1] and torch.equal(a.code, b.code) and torch.equal(a.state2.code, b.state2.code)
-        for a, b in pairwise(states)
+    # Tiles are 64 columns or more; each linear begins a new one.
+    tickets = sum(_parts_of(state.shape[0], 64) for state in states)
+    ranks = [len(part.down) for part in parts if part.down is not None]
+    return (
+        each
+        and tickets <= TICKETS
+        and max(ranks, default=0) <= MOST_RANK
+        and (not gated or states[0].shape == states[1].shape)
+        and all(
+            a.shape[1] == b.shape[1] and torch.equal(a.code, b.code) and torch.equal(a.state2.code, b.state2.code)
+            for a, b in pairwise(states)
+        )
     )
 
 
