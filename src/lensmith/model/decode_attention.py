@@ -122,7 +122,7 @@ def write_decode(
 
 
 def reads_to_length(query: Tensor) -> bool:
-    """Whether the kernels, which end at the lengths, take this: on a GPU (or interpreted), not in float64, width a power of two."""
+    """Whether the kernels, which end at the lengths, take this: on a GPU (or interpreted), no float64, width a power of 2."""
     if not has_triton() or query.dtype is torch.float64 or query.shape[-1] < 16 or query.shape[-1].bit_count() != 1:
         return False
     import triton
