@@ -297,9 +297,12 @@ def _flash_backward(grad: Tensor, attended: Attended, layout: Varlen) -> tuple[T
 
 
 def _ungather(grad: Float[Tensor, "gathered kv_heads width"], gather: Tensor, num_keys: int) -> Tensor:
-    # As the backward of indexing does it: rows of one key are added up in fp32 and rounded once. index_add_ would round
-    # after each of them, a prefix's key as often as it has branches.
-    return grad.new_zeros(num_keys, *grad.shape[1:]).index_put_((gather,), grad, accumulate=True)
+    # In fp32 and rounded once: in 16 bits index_add_ would round after each branch. (The backward pass of indexing sorts its
+    # rows instead, which takes eight kernels.)
+    summed = torch.zeros(
+        num_keys, *grad.shape[1:], dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device
+    )
+    return summed.index_add_(0, gather, grad.to(summed.dtype)).to(grad.dtype)
 
 
 def _flash_lengths(layout: Varlen) -> tuple[Tensor, Tensor, int, int]:

@@ -179,7 +179,7 @@ class Decoder:
         state.ids.index_copy_(1, state.length, tokens[:, None])
         state.logprobs.index_copy_(1, state.length, logprobs[:, None])
         state.last.copy_(tokens)
-        state.finished.logical_or_(torch.isin(tokens, self._ends))
+        state.finished.logical_or_((tokens[:, None] == self._ends).any(1))  # isin waits for the device
         state.length.add_(1)
 
     def step(self, caches: _Caches, state: _State, capacity: int) -> None:

@@ -32,6 +32,17 @@ def liger_available() -> bool:
     return True
 
 
+WIDE = 1024
+"""Rows this wide go through torch's own RMSNorm, which takes the host a sixth of what a Triton kernel does (99 us a call on
+the machine of docs/log.md); for the many narrow rows of heads it takes the GPU longer."""
+
+
+@cache
+def torch_has_rms() -> bool:
+    """Whether this torch has RMSNorm as one kernel in each direction."""
+    return hasattr(torch.ops.aten, "_fused_rms_norm") and hasattr(torch.ops.aten, "_fused_rms_norm_backward")
+
+
 def _fused(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and liger_available()
 
@@ -40,6 +51,8 @@ def rms_norm(norm: Any, x: Float[Tensor, "... width"]) -> Float[Tensor, "... wid
     """x / rms(x) * weight, the mean of squares in fp32."""
     if not _fused(x):
         return norm(x)
+    if x.shape[-1] >= WIDE and torch_has_rms():
+        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], norm.weight, norm.variance_epsilon)[0]
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     # "llama" casting: normalise in fp32, multiply by the weight in the input's type, as Qwen3VLTextRMSNorm does.
@@ -85,6 +98,8 @@ def rms_forward(
     x: Float[Tensor, "... width"], weight: Float[Tensor, " width"], eps: float
 ) -> tuple[Float[Tensor, "... width"], Tensor]:
     """RMSNorm, and 1 / rms(x) for the way back."""
+    if _fused(x) and x.shape[-1] >= WIDE and torch_has_rms():
+        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
     if _fused(x):
         from liger_kernel.ops.rms_norm import rms_norm_forward
 
@@ -102,6 +117,9 @@ def rms_backward(
     scale: Tensor,
 ) -> Float[Tensor, "... width"]:
     """Gradient of an RMSNorm's input; `x` and `scale` as in and from `rms_forward`. Its weight is frozen."""
+    if _fused(x) and x.shape[-1] >= WIDE and torch_has_rms():
+        wanted = [True, False]
+        return torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight, wanted)[0]
     if _fused(x):
         from liger_kernel.ops.rms_norm import rms_norm_backward
         from liger_kernel.ops.utils import calculate_settings

@@ -112,8 +112,12 @@ class Shadows:
 
     def refresh(self) -> None:
         """Read the adapters as they are now."""
-        sources: list[Tensor] = [
-            p for layer in self._layers for pair in (layer.lora_A, layer.lora_B) for p in pair.parameters()
+        # Plain dictionaries: parameters() walks every module, for 252 linears 7 ms.
+        sources: list[Any] = [
+            linear._parameters["weight"]
+            for layer in self._layers
+            for pair in (layer.lora_A, layer.lora_B)
+            for linear in pair._modules.values()
         ]
         if not self._are_known(sources):
             # A shadow that stands in a stack stays there.
