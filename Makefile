@@ -2,11 +2,18 @@
 PYTHON ?= python3
 UV_VERSION = 0.13.9
 STAMP = .venv/.synced
+COMPILED = .venv/.compiled
 BIN = .venv/bin
 
 .PHONY: setup pip-sync demo test lint docs clean
 
-setup: $(STAMP)
+setup: $(COMPILED)
+
+# Where PYTHONDONTWRITEBYTECODE is set nobody else writes byte code, and without it every start compiles anew:
+# `lensmith plan` took 0.9 s instead of 0.3.
+$(COMPILED): $(STAMP) $(shell find src/lensmith -name '*.py')
+	@$(BIN)/python -m compileall -q src/lensmith
+	@touch $@
 
 # The lock file fixes every version; running this again with nothing changed does nothing.
 $(STAMP): pyproject.toml uv.lock
@@ -16,10 +23,11 @@ $(STAMP): pyproject.toml uv.lock
 	  { echo "$(PYTHON) cannot make environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "Installing into .venv (some gigabytes the first time) ..."
-	@$(BIN)/uv sync --frozen --inexact --quiet || $(MAKE) --no-print-directory pip-sync
+	@$(BIN)/uv sync --frozen --inexact --quiet --compile-bytecode || $(MAKE) --no-print-directory pip-sync
 	@touch $@
 
-# The same versions by pip, for machines whose registry is named in pip's own settings, which uv does not read.
+# The same versions by pip, for machines whose registry is named in pip's own settings, which uv does not read. pip writes
+# byte code by itself.
 pip-sync:
 	$(BIN)/uv export --frozen --quiet --no-emit-project --output-file .venv/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement .venv/requirements.txt

@@ -349,6 +349,8 @@ def _quieten_libraries() -> None:
     """Their notes about themselves would bury ours; each line can be had back by setting the variable it sets."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns once per data worker
+    # pydantic asks every installed package for plugins, at each start; none of ours has one.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -39,6 +39,23 @@ WITHOUT_DATA = [
 PROMISED = ["fits", "gpu_gib", "peak_gib", "parts", "step_s", "changes"]
 PLAN_BOUND_S = 0.5
 """Of processor time in the verb. Meant are 0.3 s on a quiet machine; CI machines are not quiet, so the best of three counts."""
+LIGHT = {
+    "annotated_doc",
+    "annotated_types",
+    "cython_runtime",  # of yaml's C part
+    "lensmith",
+    "pydantic",
+    "pydantic_core",
+    "rich",
+    "shellingham",
+    "typer",
+    "typing_extensions",
+    "typing_inspection",
+    "yaml",
+}
+"""All that a plan without data may load beside Python's own: nine tenths of the 0.27 s it takes are imports."""
+MOST_MODULES = 400
+"""331 when this was written, with Python 3.11's own."""
 
 
 @pytest.fixture
@@ -98,6 +115,21 @@ def test_a_plan_without_data_loads_no_torch_and_takes_under_300_ms():
         took_s.append(float(seconds))
         assert rest == "[] 0"
     assert min(took_s) < PLAN_BOUND_S
+
+
+def test_help_and_a_plan_without_data_load_only_light_packages_and_few_modules():
+    """What guards the 300 ms of a start whatever else the machine does; wall clock is measured by hand."""
+    script = (
+        "import sys; before = set(sys.modules); import lensmith.cli\n"
+        "lensmith.cli.main({})\n"
+        "new = set(sys.modules) - before\n"
+        "print(*sorted({{n.partition('.')[0] for n in new}} - sys.stdlib_module_names), len(new), file=sys.stderr)"
+    )
+    for verb in (["--help"], [*WITHOUT_DATA, "--gpu", "8", "--json"], [*WITHOUT_DATA, "--gpu", "8"]):
+        ended = subprocess.run([sys.executable, "-c", script.format(verb)], capture_output=True, text=True, check=True)
+        *packages, count = ended.stderr.splitlines()[-1].split()
+        assert {name for name in packages if not name.startswith("_")} <= LIGHT, verb
+        assert int(count) < MOST_MODULES, verb
 
 
 def test_the_screen_is_at_most_80_columns_and_holds_the_whole_answer():
