@@ -33,8 +33,7 @@ def settle_weights(model: Engine, memory: Memory, device: torch.device) -> tuple
 
     Raises ConfigError where a setting would save nothing, because two weights are one.
     """
-    model.recompute = memory.recompute
-    model.host_buffers = HostBuffers(device) if memory.offload == "inputs" else None
+    settle_inputs(model, memory, device)
     tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
     told = []
     if memory.head_bits != 16:
@@ -49,6 +48,12 @@ def settle_weights(model: Engine, memory: Memory, device: torch.device) -> tuple
         told.append(_host_layers(model, memory, device))
     model.stays = bool(told)
     return tuple(told)
+
+
+def settle_inputs(model: Engine, memory: Memory, device: torch.device) -> None:
+    """Which layers run again, and where their inputs wait meanwhile; unlike places of weights, this may change later."""
+    model.recompute = memory.recompute
+    model.host_buffers = HostBuffers(device) if memory.offload == "inputs" else None
 
 
 def check_frozen(model: nn.Module) -> None:

@@ -4,8 +4,9 @@
       {"size": "8b", "settings": ["tune.method=qlora", "memory.recompute=16"], "tokens": 6144, "images": 8,
        "image_tokens": 700, "learned": 488, "samples": 8, "peak_gib": 10.8, "step_s": 0.84}, ...]}
 
-`image_tokens` are those of each image; a step is one pack. `peak_gib` is torch's reserved memory. A case may have
-`rollout`, with the fields of `Rollout`. Other keys are ignored, and cases with an `error` are left out.
+`image_tokens` are those of each image; a step is one pack. `peak_gib` is torch's reserved memory. A case with `group` is
+a training pack of GRPO: so many completions, which are all that is learned, share each prompt. A case may have `rollout`,
+with the fields of `Rollout`, where its times and peaks hold the making of completions too. Other keys are ignored, and cases with an `error` are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lensmith.plan.coefficients import Coefficients
 from lensmith.plan.facts import read_facts
 from lensmith.plan.memory import plan_memory
 from lensmith.plan.time import plan_time
-from lensmith.plan.work import Rollout, Work
+from lensmith.plan.work import Rollout, Work, shared_work
 from lensmith.types import counted
 
 
@@ -74,6 +75,9 @@ def _record(case: Mapping[str, Any], card: str) -> Record:
         images=case["images"],
         image_tokens=case["images"] * case["image_tokens"],
     )
+    if (group := case.get("group", 1)) > 1:
+        work = shared_work(work, prefixes=work.samples // group)
     name = f"{case['size']} {' '.join(case['settings'])} {work.tokens} tokens, {counted(work.images, 'image')}"
+    name += f", groups of {group}" if group > 1 else ""
     rollout = Rollout(**case["rollout"]) if case.get("rollout") else None
     return Record(name, case["size"], card, tuple(case["settings"]), work, case["peak_gib"], case["step_s"], rollout)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lensmith.config.tree import PACK_TOKENS, RunConfig
@@ -40,7 +40,14 @@ class Work:
     """Of all images together; each stands once, however many branches look at it."""
     key_tokens: int | None = None
     """Keys that all attention runs read together, where a shared prefix makes these more than `tokens`; None: as many."""
+    prefixes: int = 1
+    """How many shared prefixes there are, of equal length; means nothing without `key_tokens`."""
     packs_per_step: float = 1.0
+
+    @property
+    def group(self) -> int:
+        """Samples that share a prefix; 1 where none do."""
+        return 1 if self.key_tokens is None else max(1, self.samples // self.prefixes)
 
     @property
     def gathered_tokens(self) -> int:
@@ -49,10 +56,10 @@ class Work:
 
     @property
     def pairs(self) -> float:
-        """Query-key pairs of causal attention: `samples` equal branches behind one prefix, which may be empty."""
+        """Query-key pairs of causal attention: `samples` equal branches behind equal prefixes, which may be empty."""
         prefix = max(0.0, (self.key_tokens or self.tokens) - self.tokens) / self.samples
-        branch = (self.tokens - prefix) / self.samples
-        return prefix**2 / 2 + self.samples * branch * (prefix + branch / 2)
+        branch = (self.tokens - self.prefixes * prefix) / self.samples
+        return self.prefixes * prefix**2 / 2 + self.samples * branch * (prefix + branch / 2)
 
     def image_pairs(self, patches_per_token: int) -> float:
         """Query-key pairs of the tower, with images of equal size."""
@@ -121,16 +128,21 @@ def group_work(rollout: Rollout, *, images: int, image_tokens: int, budget_token
     else:
         branches = min(rollout.group, max(1, budget_tokens // (prompt + completion)))
         tokens, copies = branches * (prompt + completion), branches
-    shared = rollout.share_prefix and branches > 1
-    return Work(
+    work = Work(
         tokens=tokens,
         learned=branches * completion,
         samples=branches,
         images=images * copies,
         image_tokens=images * image_tokens * copies,
-        key_tokens=prompt + branches * (prompt + completion) if shared else None,
         packs_per_step=max(1, math.ceil(effective_samples / branches)),
     )
+    return shared_work(work, prefixes=1) if rollout.share_prefix and branches > 1 else work
+
+
+def shared_work(work: Work, *, prefixes: int) -> Work:
+    """The same pack, where all that is not learned stands in `prefixes` prompts, each in front of as many completions."""
+    prompt = (work.tokens - work.learned) // prefixes
+    return replace(work, key_tokens=work.tokens + work.samples * prompt, prefixes=prefixes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,12 +221,13 @@ def _pack_work(scan: Scan, members: np.ndarray, share: bool, *, packs_per_step: 
     groups: dict[int, list[int]] = {}
     for member in members.tolist():
         groups.setdefault(int(scan.groups[member]), []).append(member)
-    tokens = keys = images = image_tokens = 0
+    tokens = keys = images = image_tokens = prefixes = 0
     for group in groups.values():
         own, pictured = int(scan.tokens[group].sum()), scan.image_tokens[group]
         prefix = int(scan.prefix_tokens[group[0]]) if share and len(group) > 1 else 0
         tokens += own - prefix * (len(group) - 1)
         keys += own + prefix
+        prefixes += prefix > 0
         pictured = pictured[:1] if prefix else pictured
         images, image_tokens = images + int((pictured > 0).sum()), image_tokens + int(pictured.sum())
     return Work(
@@ -224,5 +237,6 @@ def _pack_work(scan: Scan, members: np.ndarray, share: bool, *, packs_per_step: 
         images=images,
         image_tokens=image_tokens,
         key_tokens=keys if keys > tokens else None,
+        prefixes=max(1, prefixes),
         packs_per_step=packs_per_step,
     )
