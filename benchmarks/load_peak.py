@@ -1,7 +1,9 @@
 """What loading needs at its worst: GPU memory and anonymous host memory while a checkpoint is read.
 
     python benchmarks/load_peak.py CHECKPOINT --out result.json [--set A.B=C ...]
+    python benchmarks/load_peak.py --random KIT --size 8b --out result.json
 
+--random writes a checkpoint of the size's published architecture first, where there is none yet.
 Anonymous memory (RssAnon) is what a machine without swap must have; pages of a memory-mapped file are not in it.
 """
 
@@ -35,7 +37,10 @@ class AnonymousPeak(threading.Thread):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--random", type=Path, metavar="KIT")
+    parser.add_argument("--size", default="8b")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="load-8b-nf4")
     parser.add_argument("--set", nargs="*", default=["tune.method=qlora"], metavar="A.B=C")
@@ -46,7 +51,11 @@ def main() -> None:
 
     from lensmith.config.read import read_config
     from lensmith.model.load import load_model
+    from random_weights import write_checkpoint
 
+    size = options.size.lower()
+    if options.random:
+        options.checkpoint = write_checkpoint(options.random, size, options.work / f"checkpoint-{size}")
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as training does
     torch.zeros(1, device="cuda")
     config = read_config(None, [f"model={options.checkpoint}", "data.train=none.jsonl", *options.set])
@@ -61,7 +70,8 @@ def main() -> None:
         f"loading {' '.join(options.set)}: GPU memory beyond the final size at its worst",
         round(peak - final, 3),
         "GiB",
-        command=f"python benchmarks/load_peak.py CHECKPOINT --set {' '.join(options.set)}",
+        command=f"python benchmarks/load_peak.py {f'--random KIT --size {size}' if options.random else 'CHECKPOINT'} "
+        f"--set {' '.join(options.set)}",
         commit=options.commit,
         final_gib=round(final, 3),
         peak_reserved_gib=round(peak, 3),

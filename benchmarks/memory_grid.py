@@ -2,8 +2,10 @@
 
     python benchmarks/memory_grid.py KIT --sizes 2b 4b 8b --out grid.json [--only SUBSTRING]
 
-KIT is the folder with the published architectures and a tokenizer; weights are random, so nothing is downloaded. Each
-case is a model of its own in one process: weights, adapter, optimizer, five steps on one made-up pack.
+KIT is the folder with the published architectures and a tokenizer; weights are random, so nothing is downloaded. A case
+is five steps on one made-up pack, the last three timed, the peak that of all five. Cases that differ only in the pack and
+in what is recomputed share a loaded model with its adapters and optimizer, one after the other: between them torch gives
+its free memory back and forgets its peak.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from random_weights import RandomShards, write_shell
 from record import make_record
@@ -29,6 +33,11 @@ FULL = [
 ]
 EIGHT_BIT = ["optim.name=adamw_8bit"]
 IMAGE_TOKENS, LEARNED_SHARE = 700, 0.08
+PROMPT_TEXT, PROMPT_IMAGE = 106, 1024
+"""Tokens of a GRPO prompt: marks and question, and its one picture of 1024 x 1024."""
+PER_PACK = ("memory.recompute=", "memory.offload=")
+"""Settings that may change between packs on one loaded model."""
+NAMES = ("tokens", "images", "image_tokens", "learned", "samples", "group")
 
 
 def ladder() -> list[dict[str, Any]]:
@@ -85,6 +94,7 @@ def list_cases(size: str) -> list[dict[str, Any]]:
         case(2048, 1, *FULL),
         case(4096, 4, *FULL),
     ]
+    cases += grpo_cases(size)
     if size == "2b":
         cases += [case(16384, 8, qlora), case(2048, 1, qlora, "tune.rank=64")]
     if size == "8b":
@@ -95,40 +105,89 @@ def list_cases(size: str) -> list[dict[str, Any]]:
     return cases
 
 
-def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One case: what came out, or the error's first line."""
-    import torch
+def grpo_cases(size: str) -> list[dict[str, Any]]:
+    """Training packs of GRPO: completions that share their prompts, and the same with each a prompt of its own."""
 
-    from lensmith.config.read import read_config
-    from lensmith.data.images import read_geometry
-    from lensmith.errors import LensmithError
-    from lensmith.model.names import read_architecture
-    from lensmith.train.measure import make_pack, measure_steps
+    def case(prompts: int, group: int, completion: int, *settings: str, shared: bool = True) -> dict[str, Any]:
+        samples, prompt = prompts * group, PROMPT_TEXT + PROMPT_IMAGE
+        copies = prompts if shared else samples
+        return {
+            "size": size,
+            "tokens": copies * prompt + samples * completion,
+            "images": copies,
+            "image_tokens": PROMPT_IMAGE,
+            "learned": samples * completion,
+            "samples": samples,
+            "group": group if shared else 1,
+            "settings": list(settings),
+        }
 
-    device = torch.device("cuda")
-    names = ("tokens", "images", "image_tokens", "learned", "samples")
-    config = read_config(None, [f"model={folder}", "data.train=none.jsonl", *EIGHT_BIT, *case["settings"]])
+    qlora = "tune.method=qlora"
+    return [
+        case(2, 4, 256, qlora),
+        case(2, 4, 256, qlora, shared=False),
+        case(1, 8, 512, qlora, *LOW),
+        case(1, 16, 64, qlora, *LOW),
+    ]
 
-    def make(loaded: Any) -> Any:
-        return make_pack(
-            read_geometry(loaded.processor), loaded.model.config, dtype=loaded.dtype, **{n: case[n] for n in names}
-        )
 
-    start = time.perf_counter()
-    try:
-        shards = RandomShards(read_architecture(str(folder)), device)
-        found = measure_steps(config, make, device=device, shards=shards)
-        result = {name: round(getattr(found, name), 4) for name in found.__slots__}
-    except (RuntimeError, ValueError, LensmithError) as cause:  # one failure must not lose the others
-        result = {"error": f"{type(cause).__name__}: {str(cause).splitlines()[0]}"}
-    gc.collect()
-    torch.cuda.empty_cache()
-    return {
-        **case,
-        **result,
-        "left_gib": round(torch.cuda.memory_reserved() / 2**30, 3),
-        "wall_s": round(time.perf_counter() - start, 1),
-    }
+def loading(case: dict[str, Any]) -> tuple[str, ...]:
+    """What a model is loaded with: cases with equal settings can share it."""
+    return tuple(setting for setting in case["settings"] if not setting.startswith(PER_PACK))
+
+
+class Bench:
+    """A model of one size, loaded anew when settings ask for it."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from lensmith.model.load import load_processor
+        from lensmith.model.names import read_architecture
+
+        self._folder, self._device = folder, device
+        # Reading a tokenizer of 150,000 words takes a second.
+        self._processor = load_processor(str(folder))
+        self._shards = RandomShards(read_architecture(str(folder)), device)
+        self._loaded_with: tuple[str, ...] | None = None
+        self._prepared: Any = None
+
+    def measure(self, case: dict[str, Any]) -> dict[str, Any]:
+        """One case: what came out, or the error's first line."""
+        from lensmith.config.read import read_config
+        from lensmith.errors import LensmithError
+        from lensmith.train.measure import make_pack, measure_pack, prepare_model
+
+        config = read_config(None, [f"model={self._folder}", "data.train=none.jsonl", *EIGHT_BIT, *case["settings"]])
+        start = time.perf_counter()
+        load_s = 0.0
+        try:
+            if self._loaded_with != loading(case):
+                self.forget()
+                self._prepared = prepare_model(
+                    config, device=self._device, shards=self._shards, processor=self._processor
+                )
+                self._loaded_with, load_s = loading(case), time.perf_counter() - start
+            one = self._prepared
+            numbers = {name: case[name] for name in NAMES if name in case}
+            pack = make_pack(one.geometry, one.architecture, dtype=one.loaded.dtype, **numbers)
+            found = measure_pack(one, pack, config)
+            result = {name: round(getattr(found, name), 4) for name in found.__slots__}
+        except (RuntimeError, ValueError, LensmithError) as cause:  # one failure must not lose the others
+            result = {"error": f"{type(cause).__name__}: {str(cause).splitlines()[0]}"}
+        if "error" in result:
+            self.forget()
+        return {**case, **result, "load_s": round(load_s, 1), "wall_s": round(time.perf_counter() - start, 1)}
+
+    def forget(self) -> None:
+        """Give the model's memory back."""
+        self._prepared, self._loaded_with = None, None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def together(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cases in an order in which those that share a model follow one another."""
+    first = {loading(case): number for number, case in reversed(list(enumerate(cases)))}
+    return sorted(cases, key=lambda case: first[loading(case)])
 
 
 def main() -> None:
@@ -145,21 +204,22 @@ def main() -> None:
     parser.add_argument("--commit")
     options = parser.parse_args()
 
-    import torch
-
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as training does
+    cases = {"8b": ladder()} if options.ladder else {size: together(list_cases(size)) for size in options.sizes}
     results = []
-    if options.ladder:
-        folder = write_shell(options.kit, "8b", options.work / "8b")
-        for case in ladder():
-            results.append(measure(case, folder))
-            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    for size in [] if options.ladder else options.sizes:
-        folder = write_shell(options.kit, size, options.work / size)
-        for case in list_cases(size)[options.skip if size == options.sizes[0] else 0 :]:
+    for number, (size, listed) in enumerate(cases.items()):
+        bench = Bench(write_shell(options.kit, size, options.work / size), torch.device("cuda"))
+        for case in listed[0 if number else options.skip :]:
             if options.only in " ".join(case["settings"]):
-                results.append(measure(case, folder))
+                results.append(bench.measure(case))
                 print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+                # Written each time: what was measured stays, whatever ends the run.
+                write(options, results)
+        bench.forget()
+
+
+def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """The record with all cases so far."""
     record = make_record(
         "memory-ladder" if options.ladder else "memory-grid",
         "Peak reserved memory and seconds per optimizer step, "

@@ -6,7 +6,8 @@
 
 `image_tokens` are those of each image; a step is one pack. `peak_gib` is torch's reserved memory. A case with `group` is
 a training pack of GRPO: so many completions, which are all that is learned, share each prompt. A case may have `rollout`,
-with the fields of `Rollout`, where its times and peaks hold the making of completions too. Other keys are ignored, and cases with an `error` are left out.
+with the fields of `Rollout`, where its times and peaks hold the making of completions too. Other keys are ignored, and
+cases with an `error` are left out.
 """
 
 from __future__ import annotations

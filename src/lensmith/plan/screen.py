@@ -182,7 +182,9 @@ def measured_sentence(plan: Plan, *, peak_gib: float, step_s: float) -> str:
     """Predicted beside measured, for `--measure`."""
     if not peak_gib:
         return f"Measured on a CPU: {step_s:.2f} s for the pack; there is no GPU memory to compare."
-    predicted = plan.memory.peak_gib
+    # A measured pack is one of training; completions are not made for it.
+    moments = plan.memory.moments.items()
+    predicted = max(gib for moment, gib in moments if moment not in ("rollout", "scoring"))
     return (
         f"Measured: {peak_gib:.2f} GiB reserved where {predicted:.2f} were predicted ({predicted / peak_gib - 1:+.1%}), "
         f"{step_s:.2f} s for the pack."
