@@ -7,6 +7,7 @@ python tools/write_docs.py --check
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ LADDER_START = "<!-- ladder: written by tools/write_docs.py from benchmarks/resu
 LADDER_END = "<!-- /ladder -->"
 REWARDS_START = "<!-- rewards: written by tools/write_docs.py from src/lensmith/train/reward_functions.py -->"
 REWARDS_END = "<!-- /rewards -->"
+FIT_START = "<!-- fit: written by tools/write_docs.py from src/lensmith/plan/coefficients.json -->"
+FIT_END = "<!-- /fit -->"
 GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
 
 
@@ -139,6 +142,20 @@ def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def fit_table() -> str:
+    """How far predictions are from measurements, as tools/fit_plan.py left it."""
+    path = REPOSITORY / "src" / "lensmith" / "plan" / "coefficients.json"
+    fit = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| Configurations | | Peak, median | Peak, worst | Seconds, median | Seconds, worst |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in fit["errors_by_kind"]:
+        errors = (row[name] for name in ("peak_median", "peak_worst", "step_median", "step_worst"))
+        lines.append(f"| {row['what']} | {row['records']} | " + " | ".join(f"{error:.1%}" for error in errors) + " |")
+    return "\n".join([*lines, "", f"On {', '.join(fit['fitted_on']['cards'])}. {fit['note']}"])
+
+
 def fill(page: Path, start: str, table: str, end: str) -> str:
     """The page with the table between its two marks brought up to date.
 
@@ -159,6 +176,7 @@ def pages() -> dict[Path, str]:
         REPOSITORY / "docs" / "cli.md": cli_page(),
         REPOSITORY / "docs" / "config.md": config_page(),
         docs / "check.md": fill(docs / "check.md", CODES_START, codes_table(), CODES_END),
+        docs / "plan.md": fill(docs / "plan.md", FIT_START, fit_table(), FIT_END),
         docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
         docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),

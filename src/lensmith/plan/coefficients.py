@@ -39,7 +39,11 @@ class Coefficients:
     pcie: float = 0.75
     """Share of the bus."""
     layer_launch_ms: float = 1.0
-    """The least time of one layer in one direction: some forty kernels have to be given to the GPU."""
+    """The least time of one decoder layer in one direction: its kernels have to be given to the GPU one by one."""
+    few_bit_launch_ms: float = 0.2
+    """The same, on top, where a layer's linears are widened first."""
+    tower_launch_ms: float = 0.4
+    """The least time of one block of the image tower in one direction."""
 
 
 @cache

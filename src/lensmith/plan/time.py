@@ -32,10 +32,6 @@ TERA, GIGA = 1e12, 1e9
 ATTENTION_BACKWARD = 2.5
 BACKWARD_LAUNCHES = 2
 """Kernels of a layer's backward pass, in those of its forward pass."""
-TOWER_LAUNCHES = 0.3
-"""Kernels of a block of the tower, in those of a decoder layer: no adapters, no few-bit weights."""
-FEW_BIT_LAUNCHES = 1.2
-"""Kernels of a layer whose seven linears are widened, in those of one in 16 bits."""
 ROUNDED_BYTES = 70
 """Read and written per bf16 weight that trains: weight, gradient, two states, and their fp32 copies from step to step of
 lensmith.train.rounded."""
@@ -100,19 +96,20 @@ class _Clock:
             "tower": self._tower(),
         }
         parts |= self._copies(parts)
-        return parts | {LAUNCHES: self._launches(sum(parts.values()))}
+        return parts | {LAUNCHES: self._launches(parts)}
 
-    def _launches(self, busy: float) -> float:
-        """What the host adds to the GPU's own seconds by giving it kernels one at a time.
+    def _launches(self, parts: Mapping[str, float]) -> float:
+        """What the host adds to the GPU's own seconds by giving it kernels one at a time, to tower and decoder in turn.
 
         Neither side waits for the other all of the time, so the longer one counts most, and near a tie both do.
         """
-        facts = self.sizes.facts
-        layers = facts.layers * (1 + self._again + BACKWARD_LAUNCHES)
-        layers *= FEW_BIT_LAUNCHES if self.sizes.config.tune.method in ("qlora", "lora_8bit") else 1
-        blocks = TOWER_LAUNCHES * facts.tower.depth if self.sizes.work.image_tokens else 0
-        host = (layers + blocks) * self.found.layer_launch_ms / 1e3
-        return (busy**OVERLAP + host**OVERLAP) ** (1 / OVERLAP) - busy
+        facts, config, found = self.sizes.facts, self.sizes.config, self.found
+        few_bit = found.few_bit_launch_ms if config.tune.method in ("qlora", "lora_8bit") else 0
+        layers = facts.layers * (1 + self._again + BACKWARD_LAUNCHES) * (found.layer_launch_ms + few_bit)
+        blocks = facts.tower.depth * self._tower_passes * found.tower_launch_ms if self.sizes.work.image_tokens else 0
+        tower = sum(seconds for name, seconds in parts.items() if name.startswith("tower"))
+        decoder = sum(parts.values()) - tower
+        return _host_adds(decoder, layers / 1e3) + _host_adds(tower, blocks / 1e3)
 
     # --- arithmetic ---------------------------------------------------------------------------------------------------
 
@@ -151,14 +148,17 @@ class _Clock:
 
     def _tower(self) -> float:
         facts, tower, work = self.sizes.facts, self.sizes.facts.tower, self.sizes.work
-        state = states_of(self.sizes.config.tune)["vision"]
-        passes = {"frozen": 1.0, "adapted": 2.0, "trained": 3.0}[state]
-        if state != "frozen" and self.sizes.config.memory.recompute == "layers":
-            passes += 1
         linears = self.sizes.patches * (tower.depth * tower.block + tower.patch_values * tower.width)
         pairs = 2 * tower.depth * tower.width * work.image_pairs(facts.tower.patches_per_token)
         operations = 2 * (linears + pairs + work.image_tokens * tower.mergers)
-        return passes * operations / (self.card.bf16_tflops * TERA * self.found.tower_matmul)
+        return self._tower_passes * operations / (self.card.bf16_tflops * TERA * self.found.tower_matmul)
+
+    @property
+    def _tower_passes(self) -> float:
+        """Of the tower's weights over all patches."""
+        state = states_of(self.sizes.config.tune)["vision"]
+        again = state != "frozen" and self.sizes.config.memory.recompute == "layers"
+        return {"frozen": 1.0, "adapted": 2.0, "trained": 3.0}[state] + again
 
     def optimizer(self) -> float:
         """Gradients, weights and states read and written once; paged states cross the bus both ways."""
@@ -218,3 +218,8 @@ class _Clock:
 
     def _cross(self, size: float) -> float:
         return size / (self.card.pcie_gbps * GIGA * self.found.pcie)
+
+
+def _host_adds(busy_s: float, host_s: float) -> float:
+    """Seconds beyond those of the GPU, for a part in which the host needs `host_s` to give it its kernels."""
+    return (busy_s**OVERLAP + host_s**OVERLAP) ** (1 / OVERLAP) - busy_s
