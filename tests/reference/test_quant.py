@@ -6,13 +6,13 @@ Real bitsandbytes on the CPU.
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch.testing import assert_close
 from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 
 from lensmith.config.tree import Tune
 from lensmith.errors import ConfigError, ModelError
-from lensmith.model.adapters import prepare_trainable
+from lensmith.model.adapters import check_tune, prepare_trainable
 from lensmith.model.components import is_adapter, take_census
 from lensmith.model.quant import (
     check_quantised,
@@ -87,7 +87,7 @@ def test_without_qlora_nothing_is_stored_in_4_bits(checkpoint):
 )
 def test_the_three_wrong_skip_lists_are_caught(checkpoint, skipped, component):
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
-    with pytest.raises(ModelError, match=rf"linears of {component} are stored in 4 bits where none should be"):
+    with pytest.raises(ModelError, match=rf"linears of {component} are stored in few bits where none should be"):
         check_quantised(load(checkpoint, quant), QLORA)
 
 
@@ -114,6 +114,45 @@ def test_qlora_is_lora_on_the_dequantised_base(checkpoint, build_sample, stock_l
         if parameter.requires_grad:
             scale = gradients[name].abs().max().item()
             assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-3 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_lora_8bit_is_lora_on_the_8_bit_base_and_stores_nothing_else_so(tmp_path):
+    """Products of int8 rows round each row to 1/127 of its largest value, so outputs differ by about half a percent."""
+    from lensmith.config.tree import RunConfig
+    from lensmith.model.load import load_model
+
+    def loaded(method):
+        return load_model(RunConfig.model_validate({"tune": {"method": method}, "precision": "fp32"})).model
+
+    model, wide = loaded("lora_8bit"), loaded("lora")
+    assert quantised_linears(model)["language"] == (42, 42)
+    assert {name: stored for name, (stored, _) in quantised_linears(model).items() if stored} == {"language": 42}
+    check_quantised(model, Tune(method="lora_8bit"))
+    for name, module in model.named_modules():
+        if isinstance(module, Linear8bitLt):
+            weight = module.weight
+            wide.get_submodule(name).weight.data = weight.data.float() * weight.SCB[:, None] / 127
+    ids = torch.arange(20, 60)[None]
+    found, expected = [], []
+    for one, numbers in ((model, found), (wide, expected)):
+        tuned = prepare_trainable(one, Tune(rank=4), seed=1).train()
+        generator = torch.Generator().manual_seed(2)
+        for parameter_name, parameter in tuned.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.data.normal_(std=0.05, generator=generator)
+        logits = tuned(input_ids=ids).logits
+        logits.logsumexp(-1).sum().backward()
+        numbers += [logits.detach(), *(p.grad for p in tuned.parameters() if p.requires_grad)]
+    assert len(found) == len(expected) == 1 + 2 * 42
+    off = torch.stack([(one - other).norm() / other.norm() for one, other in zip(found, expected, strict=True)])
+    assert off[0] < 0.01
+    assert off[1:].median() < 0.02
+    assert off.max() < 0.1
+
+
+def test_weights_in_8_bits_cannot_train_themselves():
+    with pytest.raises(ConfigError, match=r"tune\.language=trained with method lora_8bit: weights stored in 8 bits"):
+        check_tune(Tune(method="lora_8bit", language="trained"))
 
 
 def test_an_evaluation_in_between_does_not_change_a_4_bit_model(checkpoint, build_sample, stock_logits):

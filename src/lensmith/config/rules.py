@@ -173,6 +173,12 @@ def _layers_that_come_and_go_run_twice(config: RunConfig) -> Iterator[Problem]:
             f"but memory.recompute={memory.recompute}: a layer whose weights come and go has to run again in the backward "
             "pass. Set memory.recompute=layers, or stream no more layers than it names.",
         )
+    if memory.stream_layers and config.tune.method == "lora_8bit":
+        yield Problem(
+            "memory.stream_layers",
+            "but tune.method=lora_8bit: bitsandbytes keeps its own hold of 8-bit weights on the GPU. "
+            "Set tune.method=qlora, or memory.stream_layers=0.",
+        )
 
 
 def _frozen_head_settings(config: RunConfig) -> Iterator[Problem]:

@@ -30,6 +30,7 @@ from lensmith.config.tree import Tune
 from lensmith.errors import ConfigError, ModelError, RunError
 from lensmith.model.components import component_of, is_adapter, num_parameters, plain_name, states_of
 from lensmith.model.lora import Shadows
+from lensmith.model.quant import BITS
 from lensmith.types import Component
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -58,13 +59,13 @@ def check_tune(tune: Tune) -> None:
             f"tune: language is {states['language']}, but attention and mlp are both false, which leaves it nothing. "
             "Set one of them to true, or tune.language=frozen."
         )
-    if tune.method != "qlora":
+    if tune.method not in BITS:
         return
     stored = ("language", "vision", "merger") if tune.quantise_vision else ("language",)
     if trained := [name for name in stored if states[name] == "trained"]:
         raise ConfigError(
-            f"tune.{trained[0]}=trained with method qlora: weights stored in 4 bits cannot be trained themselves. "
-            f"Set tune.{trained[0]}=adapted, or tune.method=lora (16-bit weights)."
+            f"tune.{trained[0]}=trained with method {tune.method}: weights stored in {BITS[tune.method]} bits cannot be "
+            f"trained themselves. Set tune.{trained[0]}=adapted, or tune.method=lora (16-bit weights)."
         )
 
 

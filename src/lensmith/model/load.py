@@ -18,7 +18,7 @@ from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError, ModelError
 from lensmith.model.components import states_of
 from lensmith.model.names import TINY, not_loadable, read_architecture, resolve_model
-from lensmith.model.quant import check_quantised, is_quantised_checkpoint, quantisation, settle_linears
+from lensmith.model.quant import BITS, check_quantised, is_quantised_checkpoint, quantisation, settle_linears
 from lensmith.model.residence import settle_weights
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def load_model(
     model = _load_weights(config, architecture, shards, device, dtype)
     if ready_made or config.tune.method == "qlora":
         settle_linears(model, dtype)
-    if config.tune.method == "qlora" and not ready_made:
+    if config.tune.method in BITS and not ready_made:
         check_quantised(model, config.tune)
     sentences += settle_weights(model, config.memory, device)
     return Loaded(model, processor, device, dtype, config.model, tuple(sentences))

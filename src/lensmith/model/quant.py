@@ -28,21 +28,27 @@ VISION_MODULE = "model.visual"
 """Image tower and mergers. A bare `visual` would match nothing: the pattern starts at the front of the name."""
 HEAD_MODULE = "lm_head"
 
+BITS = {"qlora": 4, "lora_8bit": 8}
+"""tune.method to the bits of a decoder weight, where these are few."""
+
 FEW_BIT_WORDS = 8192
 """Words of a head in few bits that are widened together: 64 MiB at 8B."""
 
 
 def quantisation(tune: Tune, config: PreTrainedConfig, *, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How to load the model: NF4 with double quantisation for method qlora, None to load it as it is.
+    """How to load the model: NF4 with double quantisation for qlora, int8 for lora_8bit, None to load it as it is.
 
     `config` is the model's own; a checkpoint that is stored in 4 bits already is loaded as it is. `dtype` is what
-    4-bit weights are widened to for each product. NF4 and double quantisation: arXiv:2305.14314, section 3.
+    4-bit weights are widened to for each product. NF4 and double quantisation: arXiv:2305.14314, section 3; int8 with
+    a scale per output and outliers in 16 bits: arXiv:2208.07339.
     """
-    if tune.method != "qlora" or is_quantised_checkpoint(config):
+    if tune.method not in BITS or is_quantised_checkpoint(config):
         return None
     from transformers import BitsAndBytesConfig
 
     skipped = [HEAD_MODULE] if tune.quantise_vision else [VISION_MODULE, HEAD_MODULE]
+    if tune.method == "lora_8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     quant = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -72,33 +78,33 @@ def is_quantised_checkpoint(config: PreTrainedConfig) -> bool:
 
 
 def quantised_linears(model: nn.Module) -> dict[Component, tuple[int, int]]:
-    """For each component: how many of its linears are stored in 4 bits, and how many linears it has.
+    """For each component: how many of its linears are stored in 4 or 8 bits, and how many linears it has.
 
     The linears of an adapter do not count.
     """
-    from bitsandbytes.nn.modules import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     counts: dict[Component, tuple[int, int]] = dict.fromkeys(COMPONENTS, (0, 0))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
             component = component_of(plain_name(name))
             stored, linears = counts[component]
-            counts[component] = (stored + isinstance(module, Linear4bit), linears + 1)
+            counts[component] = (stored + isinstance(module, Linear4bit | Linear8bitLt), linears + 1)
     return counts
 
 
 def check_quantised(model: nn.Module, tune: Tune) -> None:
-    """Raises ModelError unless exactly the intended components are in 4 bits; right after loading for qlora.
+    """Raises ModelError unless exactly the intended components are in few bits; right after loading for such a method.
 
     Not for ready-made 4-bit checkpoints, whose makers chose otherwise.
     """
     wanted = {"language", "vision", "merger"} if tune.quantise_vision else {"language"}
-    if tune.method != "qlora":
+    if tune.method not in BITS:
         wanted = set()
     for component, (stored, linears) in quantised_linears(model).items():
         if stored != (linears if component in wanted else 0):
             raise ModelError(
-                f"qlora: {stored} of {linears} linears of {component} are stored in 4 bits where "
+                f"{tune.method}: {stored} of {linears} linears of {component} are stored in few bits where "
                 f"{'all' if component in wanted else 'none'} should be; a different transformers or bitsandbytes may "
                 "name modules differently. Run `lensmith env`, and please report this with its output."
             )
