@@ -204,7 +204,6 @@ def main() -> None:
     parser.add_argument("--commit")
     options = parser.parse_args()
 
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as training does
     cases = {"8b": ladder()} if options.ladder else {size: together(list_cases(size)) for size in options.sizes}
     results = []
     for number, (size, listed) in enumerate(cases.items()):

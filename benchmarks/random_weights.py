@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lensmith.model.stream import SINGLE
 
 INITIAL_STD = 0.02
 BLOCK = 2**25
-"""Numbers drawn for a file, which all its weights repeat: its bytes cost no more than writing them."""
+"""Numbers drawn for a file."""
 
 
 class RandomShards:
@@ -39,7 +40,10 @@ class RandomShards:
 
     def get(self, name: str) -> Tensor:
         shape = self.shapes[name]
-        drawn = torch.empty(shape, dtype=torch.bfloat16, device=self._device).normal_(std=INITIAL_STD)
+        # The same numbers each time it is asked for, so that a model in memory can be compared with one on disk.
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
+        drawn.normal_(std=INITIAL_STD, generator=generator)
         return drawn.add_(1) if "norm" in name and name.endswith("weight") else drawn
 
 
@@ -54,12 +58,16 @@ def write_shell(kit: Path, size: str, folder: Path) -> Path:
 
 
 def write_checkpoint(kit: Path, size: str, folder: Path) -> Path:
-    """A whole checkpoint in one bf16 file, unless it is there already: 17.5 GB at 8B."""
-    file = folder / SINGLE
-    if file.is_file():
-        return folder
-    write_shell(kit, size, folder)
-    shapes = RandomShards(read_architecture(str(folder)), torch.device("cpu")).shapes
+    """A whole checkpoint, unless it is there already: 17.5 GB at 8B."""
+    if not (folder / SINGLE).is_file():
+        write_shell(kit, size, folder)
+        write_weights(read_architecture(str(folder)), folder)
+    return folder
+
+
+def write_weights(architecture: Any, folder: Path) -> None:
+    """All weights in one bf16 file, which repeat one block of random numbers: it costs no more than writing them."""
+    shapes = RandomShards(architecture, torch.device("cpu")).shapes
     header, stop = {}, 0
     for name, shape in shapes.items():
         start, stop = stop, stop + 2 * shape.numel()
@@ -67,13 +75,12 @@ def write_checkpoint(kit: Path, size: str, folder: Path) -> Path:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     drawn = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(INITIAL_STD)
-    blocks = {near: memoryview((drawn + near).bfloat16().view(torch.uint8).numpy()) for near in (0, 1)}
-    partial = file.with_suffix(".partial")
+    blocks = {near: (drawn + near).bfloat16().view(torch.uint8).numpy().data for near in (0, 1)}
+    partial = folder / f"{SINGLE}.partial"
     with partial.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             block, left = blocks["norm" in name and name.endswith("weight")], 2 * shape.numel()
             while left:
                 left -= out.write(block[: min(left, len(block))])
-    partial.rename(file)
-    return folder
+    partial.rename(folder / SINGLE)

@@ -44,7 +44,7 @@ class Writer:
     def add(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor for the file at hand."""
         # A copy of its own: a file cannot hold two views of one memory.
-        self._held[name] = tensor.detach().cpu().contiguous().clone()
+        self._held[name] = tensor.detach().to("cpu", copy=True).contiguous()
         if sum(held.nbytes for held in self._held.values()) >= self._file_bytes:
             self._flush()
 
@@ -110,6 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.folder.mkdir(parents=True, exist_ok=True)
+    architecture: Any
     if options.random:
         from random_weights import RandomShards, write_shell
 

@@ -1,6 +1,7 @@
 """Components by name, on stock models and under PEFT, and what is counted and grouped by them."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lensmith.model.components import (
     census_table,
     component_of,
     gradient_norms,
+    learning_rates,
     num_parameters,
     parameter_groups,
     plain_name,
@@ -145,3 +147,9 @@ def test_each_component_has_its_own_learning_rate(build_tiny):
         "merger": 4e-4,
         "language": 1e-3,
     }
+
+
+def test_every_method_has_a_learning_rate_of_its_own_accord():
+    methods = get_args(Tune.model_fields["method"].annotation)
+    assert len(methods) == 4
+    assert all(learning_rates(Optim(), method)["language"] > 0 for method in methods)

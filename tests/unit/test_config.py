@@ -239,6 +239,7 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
         ),
         (["memory.recompute=none", "memory.stream_layers=4"], "memory.stream_layers is 4, but memory.recompute=none"),
         (["memory.recompute=2", "memory.stream_layers=4"], "stream no more layers than it names"),
+        (["tune.method=lora_8bit", "tune.language=trained"], "tune.method=lora_8bit stores it in 8 bits"),
         (["tune.method=lora_8bit", "memory.stream_layers=4"], "memory.stream_layers is 4, but tune.method=lora_8bit"),
         (["memory.head=host", "memory.head_bits=8"], "memory.head_bits is 8, but memory.head=host"),
         (["tune.method=full", "memory.embedding=host"], "memory.embedding is 'host', but the decoder trains"),

@@ -324,3 +324,11 @@ def test_a_stuck_or_missing_driver_is_no_card(monkeypatch, tmp_path):
     started = time.perf_counter()
     assert find_own_card() is None
     assert time.perf_counter() - started < 5
+
+
+def test_measure_runs_a_group_of_completions_behind_their_prompt(lensmith_plan):
+    arguments = ["--model", "lensmith/tiny", "--task", "grpo", "--group", "4", "--completion-tokens", "20"]
+    code, out, told = lensmith_plan(*arguments, "--images", "1", "--image-tokens", "64", "--measure", "--json")
+    assert code == 0
+    assert json.loads(out)["measured"]["step_s"] > 0
+    assert "Measured on a CPU" in told

@@ -131,15 +131,16 @@ def _something_is_trained(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _four_bit_weights_stay_put(config: RunConfig) -> Iterator[Problem]:
+def _few_bit_weights_stay_put(config: RunConfig) -> Iterator[Problem]:
     tune = config.tune
-    if tune.method != "qlora":
+    bits = {"qlora": 4, "lora_8bit": 8}.get(tune.method)
+    if bits is None:
         return
     for name in ("language", "vision", "merger") if tune.quantise_vision else ("language",):
         if getattr(tune, name) == "trained":
             yield Problem(
                 f"tune.{name}",
-                "but tune.method=qlora stores it in 4 bits, which no optimizer can move. "
+                f"but tune.method={tune.method} stores it in {bits} bits, which no optimizer can move. "
                 f"Set tune.{name}=adapted, or tune.method=lora.",
             )
 
@@ -299,7 +300,7 @@ CONTRADICTIONS: tuple[Rule, ...] = (
     _image_range_is_not_empty,
     _a_moving_language_has_projections,
     _something_is_trained,
-    _four_bit_weights_stay_put,
+    _few_bit_weights_stay_put,
     _layers_that_come_and_go_run_twice,
     _frozen_head_settings,
     _what_trains_stays_on_the_gpu,

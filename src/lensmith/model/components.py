@@ -32,7 +32,7 @@ _PLACES: tuple[tuple[str, Component], ...] = (
     ("lm_head", "head"),
 )
 
-DEFAULT_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5}
+DEFAULT_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "lora_8bit": 2e-4, "full": 1e-5}
 """By tune.method. 2e-4: QLoRA, arXiv:2305.14314, table 9; 1e-5: Qwen-VL, arXiv:2308.12966; docs/components.md says more."""
 VISION_SHARE = 0.1
 """A tower that is tuned moves at a tenth of the rate: it serves all tasks, and its features are what the rest reads."""

@@ -172,6 +172,8 @@ def prepare_model(
     processor: Qwen3VLProcessor | None = None,
 ) -> Prepared:
     """Load the model as `config` says, with adapters and optimizer. Arguments are those of `load_model`."""
+    if torch.cuda.is_available():
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as training does, see prepare_run
     loaded = load_model(config, device=device, shards=shards, processor=processor)
     model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
     check_frozen(model)
