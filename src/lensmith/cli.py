@@ -45,7 +45,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="A.B=C", help="Settings, such as tune.rank=32.")]
-Subject = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a model name.")]
+Subject = Annotated[
+    str,
+    typer.Argument(metavar="RUN|MODEL", help="A run folder, one of its checkpoints, a model folder or a model name."),
+]
 
 
 @app.command(epilog="Example: lensmith demo")

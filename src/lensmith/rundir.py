@@ -5,6 +5,8 @@
         environment.json          versions and hardware
         metrics.jsonl             one optimizer step per line
         oom.jsonl                 only where GPU memory ran out: which step, which rows, what was done
+        completions.jsonl         of a GRPO run: what was answered and how it was judged; completions.html shows the newest
+        best.json                 of a GRPO run: the checkpoint with the best reward, kept besides the newest ones
         predictions-before.jsonl  answers to the held-out questions; -after, and -step-000200 on the way
         checkpoints/step-000200/  whole or not there: written under another name, then renamed
 
@@ -74,6 +76,9 @@ class RunDir:
         self.environment_path = self.path / "environment.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.oom_path = self.path / "oom.jsonl"
+        self.completions_path = self.path / "completions.jsonl"
+        self.page_path = self.path / "completions.html"
+        self.best_path = self.path / "best.json"
         self.checkpoints_path = self.path / "checkpoints"
 
     def __repr__(self) -> str:
@@ -185,10 +190,12 @@ class RunDir:
     def truncate_metrics(self, step: int) -> None:
         """Forget the steps after `step`: resuming from its checkpoint takes them again."""
         with naming_full_disk(self.path):
-            for path in (self.metrics_path, self.oom_path):
+            for path in (self.metrics_path, self.oom_path, self.completions_path):
                 if path.is_file():
                     kept = [line for line in _read_lines(path) if line["step"] <= step]
                     _write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            if (best := self.read_best()) is None or best["step"] > step:
+                self.best_path.unlink(missing_ok=True)
 
     def _append(self, path: Path, noun: DataclassInstance) -> None:
         line = json.dumps(dataclasses.asdict(noun)) + "\n"
@@ -208,12 +215,12 @@ class RunDir:
         """An empty folder to write a checkpoint into; it becomes `checkpoints/step-000123` when the block ends.
 
         Everything is on disk before the rename, so whatever ends the process, a folder of that name is whole. Older
-        checkpoints beyond the newest `keep` go afterwards, never before.
+        checkpoints beyond the newest `keep` and the best go afterwards, never before.
 
         Raises:
             RunError: no space left; older checkpoints are untouched.
         """
-        final = self.checkpoints_path / f"step-{step:06d}"
+        final = self.checkpoint_path(step)
         with naming_full_disk(self.path):
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -230,8 +237,31 @@ class RunDir:
             started.rename(final)
             _flush_folder(self.checkpoints_path)
         self._sweep()
+        self._prune(keep)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of that step is, or would be."""
+        return self.checkpoints_path / f"step-{step:06d}"
+
+    def read_best(self) -> dict[str, Any] | None:
+        """What `keep_best` was told last; None where nothing was, or where that checkpoint is gone."""
+        if not self.best_path.is_file():
+            return None
+        best = json.loads(self.best_path.read_text(encoding="utf-8"))
+        return best if self.checkpoint_path(best["step"]).is_dir() else None
+
+    def keep_best(self, best: DataclassInstance, *, keep: int) -> None:
+        """Spare the checkpoint of `best.step` from now on, and no longer the one named before it."""
+        with naming_full_disk(self.path):
+            _write_whole(self.best_path, json.dumps(dataclasses.asdict(best)) + "\n")
+        self._prune(keep)
+
+    def _prune(self, keep: int) -> None:
+        """Remove all checkpoints but the newest `keep` and the best; best.json is whole before anything goes."""
+        best = self.read_best()
         for old in self.list_checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            if best is None or checkpoint_step(old) != best["step"]:
+                shutil.rmtree(old)
 
     def list_checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""

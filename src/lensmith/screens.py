@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lensmith.config.schema import list_settings, read_value
 from lensmith.config.tree import RunConfig
 from lensmith.config.write import config_diff, write_value
+from lensmith.types import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +55,7 @@ def describe_run(run: RunDir) -> dict[str, Any]:
     latest = run.latest_checkpoint()
     train_s = sum(stats["step_s"] for stats in metrics)
     samples = sum(stats["samples"] for stats in metrics)
-    return {
+    told = {
         "run": str(run.path),
         "settings": config_diff(run.read_config()),
         "versions": run.read_environment().get("versions", {}),
@@ -69,6 +70,26 @@ def describe_run(run: RunDir) -> dict[str, Any]:
         "checkpoint": str(latest) if latest else None,
         "predictions": {path.stem.removeprefix("predictions-"): str(path) for path in run.list_predictions()},
     }
+    return told | _describe_rewards(run, metrics) if metrics and "reward" in metrics[-1] else told
+
+
+def _describe_rewards(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a GRPO run has besides: curves per step, failures of rewards, the page and the best checkpoint."""
+    failures: dict[str, int] = {}
+    for stats in metrics:
+        for name, count in stats.get("failures", {}).items():
+            failures[name] = failures.get(name, 0) + count
+    best = run.read_best()
+    return {
+        "reward": [stats["reward"] for stats in metrics],
+        "rewards": {name: [stats["rewards"].get(name) for stats in metrics] for name in metrics[-1]["rewards"]},
+        "completion_tokens": [stats["completion_tokens"] for stats in metrics],
+        "truncated": [stats["truncated"] for stats in metrics],
+        "zero_variance": [stats["zero_variance"] for stats in metrics],
+        "failures": failures,
+        "page": str(run.page_path) if run.page_path.is_file() else None,
+        "best": best and {**best, "checkpoint": str(run.checkpoint_path(best["step"]))},
+    }
 
 
 def run_screen(run: RunDir) -> Iterator[str]:
@@ -82,8 +103,11 @@ def run_screen(run: RunDir) -> Iterator[str]:
         yield from _shortages(told["oom"])
         return
     last = told["last"]
-    yield f"\nloss, {told['loss'][0]:.3f} -> {last['loss']:.3f} over {told['steps']} steps"
-    yield f"  {sparkline(told['loss'])}"
+    if "reward" in told:
+        yield from _rewards(told)
+    else:
+        yield f"\nloss, {told['loss'][0]:.3f} -> {last['loss']:.3f} over {told['steps']} steps"
+        yield f"  {sparkline(told['loss'])}"
     yield "\ncost"
     yield f"  {told['samples']:,} samples in {told['train_s']:,.1f} s: {told['samples_per_s']:,.1f} samples/s"
     waited_s = sum(stats["data_wait_s"] for stats in run.read_metrics())
@@ -91,7 +115,25 @@ def run_screen(run: RunDir) -> Iterator[str]:
     yield f"  {waited_s / told['train_s'] if told['train_s'] else 0:.0%} of it waiting for data{memory}"
     yield from _shortages(told["oom"])
     yield f"\nnewest checkpoint: {told['checkpoint'] or 'none yet'}"
+    if best := told.get("best"):
+        yield f"best checkpoint: {best['checkpoint']}, reward {best['reward']:.3f} ± {best['spread']:.3f} before it"
     yield from _answers(run)
+
+
+def _rewards(told: Mapping[str, Any]) -> Iterator[str]:
+    """How rewards went, and what stands in their way."""
+    yield f"\nreward, {told['reward'][0]:.3f} -> {told['reward'][-1]:.3f} over {told['steps']} steps"
+    yield f"  {sparkline(told['reward'])}"
+    for name, values in told["rewards"].items():
+        known = [value for value in values if value is not None]
+        went = f"{known[0]:.3f} -> {known[-1]:.3f}" if known else "said nothing in any step"
+        failed = f", failed for {counted(told['failures'][name], 'completion')}" if name in told["failures"] else ""
+        yield f"  {name}: {went}{failed}"
+    lengths, cut, flat = (told[name] for name in ("completion_tokens", "truncated", "zero_variance"))
+    yield f"  tokens per completion: {lengths[0]:,.0f} -> {lengths[-1]:,.0f}"
+    yield f"  cut off: {cut[0]:.0%} -> {cut[-1]:.0%}; groups without signal: {flat[0]:.0%} -> {flat[-1]:.0%}"
+    if told["page"]:
+        yield f"  what was answered: {told['page']}"
 
 
 def _shortages(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

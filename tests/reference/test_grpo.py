@@ -125,7 +125,7 @@ class Judged:
         self.reward = reward
 
     def score(self, batch: Any) -> Any:
-        return SimpleNamespace(values=np.array(self.reward(batch.completion_ids))[:, None])
+        return SimpleNamespace(values=np.array(self.reward(batch.completion_ids))[:, None], failures={})
 
 
 def rollout_of(

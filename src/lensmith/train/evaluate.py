@@ -28,7 +28,7 @@ from lensmith.evals.predict import (
 )
 from lensmith.model.adapters import find_tuned, load_tuned
 from lensmith.model.load import Loaded, load_model
-from lensmith.rundir import RunDir
+from lensmith.rundir import STEP_NAME, RunDir
 from lensmith.train.prepare import Prepared, Say, prepare_run, scan_one, scan_rows
 from lensmith.train.ranks import rank, speaker
 from lensmith.train.sft import TrainResult, train_prepared
@@ -129,12 +129,12 @@ def _train(prepared: Prepared, **more: Any) -> TrainResult:
 
 
 def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progress: Progress | None = None) -> Evaluated:
-    """Score a run before and after training, or a model, on `data` or on what the run held out.
+    """Score a run before and after training, one of its checkpoints, or a model, on `data` or on what the run held out.
 
     Raises:
         RunError, DataError: there is nothing to ask.
     """
-    run = RunDir(subject)
+    run, tuned = find_run(subject)
     config = _subject_config(subject, data)
     loaded = load_model(config)
     for sentence in loaded.sentences:
@@ -149,25 +149,34 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
     if not run.exists:
         evaluated = Evaluated(None, ask(loaded.model, None), None)
     else:
+        name = "after" if tuned == run.path else tuned.name
         before, keep = (
             ask(loaded.model, run.predictions_path(f"before{suffix}")),
-            run.predictions_path(f"after{suffix}"),
+            run.predictions_path(f"{name}{suffix}"),
         )
-        evaluated = Evaluated(before, ask(load_tuned(loaded.model, find_tuned(run.path)), keep), keep)
+        evaluated = Evaluated(before, ask(load_tuned(loaded.model, find_tuned(tuned)), keep), keep)
     for sentence in evaluated.sentences():
         say(sentence)
     return evaluated
 
 
 def ask_subject(subject: str, image: Path, question: str, *, say: Say) -> str:
-    """One answer of a run's tuned model, or of a model, about one picture."""
-    run = RunDir(subject)
+    """One answer of a run's tuned model, of one of its checkpoints, or of a model, about one picture."""
+    run, tuned = find_run(subject)
     config = run.read_config() if run.exists else RunConfig(model=subject)
     if not image.is_file():
         raise DataError(f"{image}: no such picture, so there is nothing to ask about. Give the path of an image file.")
     loaded = load_model(config)
-    model: Any = load_tuned(loaded.model, find_tuned(run.path)) if run.exists else loaded.model
+    model: Any = load_tuned(loaded.model, find_tuned(tuned)) if run.exists else loaded.model
     return ask_model(model, loaded.processor, image, question, budget=config.data.image)
+
+
+def find_run(subject: str | Path) -> tuple[RunDir, Path]:
+    """The run that `subject` is, or whose checkpoint it is, and the folder that holds the tuned weights meant."""
+    path = Path(subject)
+    if STEP_NAME.fullmatch(path.name) and path.is_dir() and RunDir(path.parent.parent).exists:
+        return RunDir(path.parent.parent), path
+    return RunDir(path), path
 
 
 def _held_out_samples(config: RunConfig, encoder: Encoder, loaded: Loaded, say: Say) -> list[Sample]:
@@ -189,7 +198,7 @@ def _drawn_samples(scan: Scan, config: RunConfig, say: Say) -> list[Sample]:
 
 
 def _subject_config(subject: str, data: str | None) -> RunConfig:
-    run = RunDir(subject)
+    run, _ = find_run(subject)
     if run.exists:
         config = run.read_config()
         if data is not None:

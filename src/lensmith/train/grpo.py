@@ -5,6 +5,7 @@ rows -> prompts -> rollout -> rewards -> advantages -> packs -> step -> tuned we
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from lensmith.model.components import parameter_groups
 from lensmith.model.features import GIB, RamStore
 from lensmith.rundir import naming_full_disk
 from lensmith.train.completions import CompletionLog
-from lensmith.train.grpo_alarms import Alarms
 from lensmith.train.grpo_stats import GrpoStats
 from lensmith.train.grpo_trainer import GRPOTrainer
+from lensmith.train.grpo_watch import GrpoWatch
 from lensmith.train.measure import own_optimizer
 from lensmith.train.oom import MemoryGuard
 from lensmith.train.prepare import Prepared, Say
@@ -46,27 +47,15 @@ def train_grpo(
     """The steps and the final save of a prepared run; see `lensmith.train.sft.train_model`."""
     config, run = prepared.config, prepared.run
     say(_engine_sentence(config))
-    losses: list[float] = []
-    alarms = Alarms(config.grpo, prepared.loaded.dtype)
     total = len(prepared.plan.steps)
-
-    def on_stats(stats: GrpoStats) -> None:
-        losses.append(stats.loss)
-        if rank() != 0:
-            return
-        run.append_metrics(stats)
-        for sentence in alarms.look(stats):
-            say(sentence)
-        if progress is not None:
-            progress.update(stats, total)
-
+    watch = GrpoWatch(prepared, say, progress)
     stop, pause = StopOnInterrupt(), Pause(during if rank() == 0 else None, config.eval.every_steps)
-    log = CompletionLog(run, config, prepared.loaded.processor.tokenizer, say)
-    trainer = build_trainer(prepared, say, on_stats, log)
-    trainer.add_callback(stop)
-    trainer.add_callback(pause)
+    trainer = build_trainer(prepared, say, watch, watch.log)
+    for callback in (stop, pause, *([watch.best] if rank() == 0 else [])):
+        trainer.add_callback(callback)
+    say(f"What is answered, and how it is judged: {run.page_path}")
     start = time.perf_counter()
-    with naming_full_disk(run.path):
+    with naming_full_disk(run.path), contextlib.closing(watch):
         if prepared.steps_done >= total:
             say(f"All {total} steps are done already.")
             trainer._load_from_checkpoint(str(prepared.checkpoint))
@@ -81,14 +70,15 @@ def train_grpo(
             )
         if rank() == 0:
             save_final(prepared, trainer.tuned)
-    log.close()
+    for sentence in watch.advice():
+        say(sentence)
     return TrainResult(
         model=trainer.tuned,
         processor=prepared.loaded.processor,
         steps=total,
         samples=(total - prepared.steps_done) * config.optim.effective_samples,
         train_s=train_s,
-        loss=losses[-1] if losses else float("nan"),
+        loss=watch.loss,
         run=run.path,
     )
 

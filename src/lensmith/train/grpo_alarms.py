@@ -25,6 +25,8 @@ SHORT_SHARE = 0.2
 MOST_TRUNCATED = 0.5
 MOST_REPEATED = 0.5
 """Share of four-token sequences that stood in the same completion before."""
+COLLAPSE = ("entropy", "length", "repetition")
+"""Alarms after which more steps mend nothing, as a rule; an earlier checkpoint does."""
 LOGPROB_GAP = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Nats between rollout and training, mean over tokens. Two bf16 passes in a different order are 0.03 to 0.05 apart."""
 
@@ -37,6 +39,7 @@ class Alarms:
         self._recent: deque[GrpoStats] = deque(maxlen=IN_A_ROW)
         self._first: list[GrpoStats] = []
         self._ringing: set[str] = set()
+        self._rang: list[str] = []
 
     def look(self, stats: GrpoStats) -> list[str]:
         """Sentences about what has begun to go wrong with this step."""
@@ -46,9 +49,15 @@ class Alarms:
         sentences = []
         for name, (rings, sentence) in self._alarms(stats).items():
             if rings and name not in self._ringing:
+                self._rang.append(name)
                 sentences.append(f"Step {stats.step}: {sentence}")
             (self._ringing.add if rings else self._ringing.discard)(name)
         return sentences
+
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Alarms of a collapse that rang at any step so far."""
+        return tuple(name for name in COLLAPSE if name in self._rang)
 
     def _alarms(self, stats: GrpoStats) -> dict[str, tuple[bool, str]]:
         gap = stats.logprob_gap or 0.0

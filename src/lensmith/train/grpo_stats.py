@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from lensmith.train.rollout import RolloutCost
 from lensmith.types import Pack, StepStats
 
 if TYPE_CHECKING:
-    from lensmith.train.rewards import RewardTable
+    from lensmith.train.rewards import RewardFailure, RewardTable
 
 GIB = 2**30
 
@@ -64,6 +64,8 @@ class GrpoStats(StepStats):
     policy_tokens_per_s: float
     logprob_gap: float | None
     """Mean distance, in nats, of log-probabilities at rollout and in training; None where no fresh completion was learned."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Completions that a reward failed on, by its name; empty where none did."""
 
 
 class GrpoMeter:
@@ -80,6 +82,12 @@ class GrpoMeter:
         self.policy_s, self.started = 0.0, time.perf_counter()
         self._gaps: list[Tensor] = []
         self._counts: list[Tensor] = []
+        self._failures: dict[str, int] = {}
+
+    def judged(self, failures: Mapping[str, RewardFailure]) -> None:
+        """What went wrong while a batch was judged."""
+        for name, failure in failures.items():
+            self._failures[name] = self._failures.get(name, 0) + failure.count
 
     def compare(self, trained: Tensor, sampled: Tensor) -> None:
         """Log-probabilities of the same tokens, [rows, tokens], 0 where there is none. Nothing waits for the device."""
@@ -135,6 +143,7 @@ class GrpoMeter:
             rollout_tokens_per_s=rollout.tokens / rollout.seconds if rollout.seconds else 0.0,
             policy_tokens_per_s=self.tokens / self.policy_s if self.policy_s else 0.0,
             logprob_gap=sum(gap.item() for gap in self._gaps) / counts if counts else None,
+            failures=self._failures,
         )
         self._start_anew()
         return found

@@ -145,6 +145,7 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
                 truncated=[not completion.stopped for completion in self._completions],
             )
         )
+        self._meter.judged(self._table.failures)
         return torch.tensor(self._table.values, dtype=torch.float32, device=self.accelerator.device)
 
     # --- log-probabilities --------------------------------------------------------------------------------------------

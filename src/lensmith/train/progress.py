@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,8 +23,25 @@ HALF_LIFE_STEPS = 10
 """Speeds and the loss shown are exponential means; a step this long ago counts half."""
 
 
+@runtime_checkable
+class Rewarded(Protocol):
+    """A step of GRPO; `lensmith.train.grpo_stats.GrpoStats`, which loads torch, is one."""
+
+    reward: float
+    reward_std: float
+    completion_tokens: float
+    zero_variance: float
+    rollout_s: float
+    rollout_tokens_per_s: float
+    policy_s: float
+    tokens: int
+
+
 class TrainProgress:
     """Shows steps, time left, tokens/s, loss, memory and the share of time spent waiting for data.
+
+    Of a GRPO step the reward with its spread within groups, the length of completions, tokens/s of rollout and policy, and
+    the share of groups that teach nothing, in place of loss and waiting.
 
     `with TrainProgress() as progress: progress.update(stats, total_steps)` after each optimizer step.
     """
@@ -90,27 +107,56 @@ class TrainProgress:
     def describe(self) -> str:
         """The numbers of the latest steps in words and units."""
         means = self.means
-        parts = [f"loss {means['loss']:.3f}", f"{means['tokens'] / means['step_s']:,.0f} tokens/s"]
-        if means["peak_gib"]:
-            parts.append(f"{means['peak_gib']:.1f} GiB")
+        memory = [f"{means['peak_gib']:.1f} GiB"] if means["peak_gib"] else []
+        if "reward" in means:
+            parts = [
+                f"reward {means['reward']:.3f} ± {means['reward_std']:.3f}",
+                f"{means['completion_tokens']:,.0f} tokens long",
+                f"rollout {means['rollout_tokens'] / means['rollout_s']:,.0f} tokens/s",
+                f"policy {means['tokens'] / means['policy_s']:,.0f} tokens/s",
+                f"no signal in {means['zero_variance']:.0%}",
+                *memory,
+            ]
+            return "  ".join(parts)
+        parts = [f"loss {means['loss']:.3f}", f"{means['tokens'] / means['step_s']:,.0f} tokens/s", *memory]
         parts.append(f"waiting for data {means['data_wait_s'] / means['step_s']:.0%}")
         return "  ".join(parts)
 
     def _blend(self, stats: StepStats) -> None:
         keep = 0.5 ** (1 / HALF_LIFE_STEPS) if self.means else 0.0
-        # An interval of 0 s is below the clock's resolution; dividing by it says nothing.
-        new = {
-            "loss": stats.loss,
-            "tokens": stats.tokens,
-            "step_s": max(stats.step_s, 1e-9),
-            "data_wait_s": stats.data_wait_s,
-        }
+        new = _rewarded(stats) if isinstance(stats, Rewarded) else _supervised(stats)
         self.means = {name: keep * self.means.get(name, 0.0) + (1 - keep) * value for name, value in new.items()}
         self.means["peak_gib"] = stats.peak_gib
 
     def _seconds_left(self, now: float, step: int, total_steps: int) -> float:
         started_at, steps_before = self.first or (now, step)
         return (now - started_at) / max(step - steps_before, 1) * (total_steps - step)
+
+
+# An interval of 0 s is below the clock's resolution; dividing by it says nothing.
+LEAST_S = 1e-9
+
+
+def _supervised(stats: StepStats) -> dict[str, float]:
+    return {
+        "loss": stats.loss,
+        "tokens": stats.tokens,
+        "step_s": max(stats.step_s, LEAST_S),
+        "data_wait_s": stats.data_wait_s,
+    }
+
+
+def _rewarded(stats: Rewarded) -> dict[str, float]:
+    return {
+        "reward": stats.reward,
+        "reward_std": stats.reward_std,
+        "completion_tokens": stats.completion_tokens,
+        "zero_variance": stats.zero_variance,
+        "rollout_tokens": stats.rollout_tokens_per_s * stats.rollout_s,
+        "rollout_s": max(stats.rollout_s, LEAST_S),
+        "tokens": stats.tokens,
+        "policy_s": max(stats.policy_s, LEAST_S),
+    }
 
 
 def _clock_time(seconds: float) -> str:
