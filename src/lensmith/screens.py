@@ -110,9 +110,10 @@ def run_screen(run: RunDir) -> Iterator[str]:
         yield f"  {sparkline(told['loss'])}"
     yield "\ncost"
     yield f"  {told['samples']:,} samples in {told['train_s']:,.1f} s: {told['samples_per_s']:,.1f} samples/s"
-    waited_s = sum(stats["data_wait_s"] for stats in run.read_metrics())
+    cause, field = ("making completions", "rollout_s") if "reward" in told else ("waiting for data", "data_wait_s")
+    waited_s = sum(stats[field] for stats in run.read_metrics())
     memory = f", {told['peak_gib']:.1f} GiB at most" if told["peak_gib"] else ""
-    yield f"  {waited_s / told['train_s'] if told['train_s'] else 0:.0%} of it waiting for data{memory}"
+    yield f"  {waited_s / told['train_s'] if told['train_s'] else 0:.0%} of it {cause}{memory}"
     yield from _shortages(told["oom"])
     yield f"\nnewest checkpoint: {told['checkpoint'] or 'none yet'}"
     if best := told.get("best"):

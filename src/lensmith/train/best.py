@@ -2,7 +2,7 @@
 
 Rewards of single steps are those of a few prompts and jump about, so a checkpoint is judged by the mean of the last
 SMOOTH_STEPS steps before it. Those were answered by weights up to so many steps older: what is kept is the neighbourhood
-of the best, not a proof. `lensmith eval` on both checkpoints is the proof.
+of the best, not a proof. Checkpoints before step SMOOTH_STEPS are not judged. `lensmith eval` on both checkpoints is the proof.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Standing:
     reward: float
     """Mean over the last SMOOTH_STEPS steps."""
     spread: float
-    """Standard deviation of those steps' rewards; 0 for a single step."""
+    """Standard deviation of those steps' rewards."""
 
 
 class BestCheckpoint(TrainerCallback):
@@ -46,7 +46,7 @@ class BestCheckpoint(TrainerCallback):
         self._recent = [*self._recent[1 - SMOOTH_STEPS :], stats]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self._recent:
+        if len(self._recent) < SMOOTH_STEPS:
             return
         now, best = self._standing(state.global_step), self.best
         if best is None or now.reward > best.reward:
@@ -66,7 +66,7 @@ class BestCheckpoint(TrainerCallback):
             collapsed: names of the alarms of a collapse that rang.
         """
         best = self.best
-        if best is None or best.step == last_step or not self._recent:
+        if best is None or best.step == last_step or len(self._recent) < SMOOTH_STEPS:
             return []
         now = self._standing(last_step)
         fell = now.reward < best.reward - best.spread
@@ -83,5 +83,4 @@ class BestCheckpoint(TrainerCallback):
 
     def _standing(self, step: int) -> Standing:
         rewards = [stats.reward for stats in self._recent]
-        spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
-        return Standing(step, statistics.mean(rewards), spread)
+        return Standing(step, statistics.mean(rewards), statistics.stdev(rewards))

@@ -58,7 +58,9 @@ class CompletionLog:
             known = self._failed.get(name, 0)
             self._failed[name] = known + failure.count
             if not known:
-                self._say(f"{failure.first} Such completions have no number from it; failures are counted.")
+                self._say(
+                    f"{failure.first.rstrip('.')}. Such completions have no number from it; failures are counted."
+                )
         self._drawn += 1
         if (self._drawn - 1) % self._every:
             return

@@ -19,7 +19,8 @@ CHARACTERS = (24_000, 6_000, 1_500, 300)
 """Most shown of one text; the next smaller one is taken where a step would be too large."""
 FOLDED_CHARACTERS, FOLDED_LINES = 700, 14
 """Longer completions are folded up."""
-PREVIEW_CHARACTERS = 260
+PREVIEW_CHARACTERS = (170, 90)
+"""Of the beginning and of the end, where an answer stands after a long thought."""
 MOST_PROMPTS, MOST_COMPLETIONS, MOST_PICTURES = 8, 16, 4
 """Shown of a step, of a prompt, and of a prompt's pictures; completions.jsonl has all."""
 NAME_CHARACTERS = 40
@@ -54,11 +55,11 @@ class Asked:
 
 def write_step(step: int, prompts: Sequence[Asked], thumbnail: Thumbnail) -> str:
     """The `<section>` of one step, at most STEP_BYTES of UTF-8 whatever the texts hold."""
-    for characters in CHARACTERS:
-        section = _section(step, prompts, thumbnail, characters)
+    sections = (_section(step, prompts, thumbnail, characters) for characters in CHARACTERS)
+    for section in sections:
         if len(section.encode()) <= STEP_BYTES:
-            break
-    return section
+            return section
+    return f'<p class="soft" id="step-{step}">Step {step:,} is too large for this page; completions.jsonl has it.</p>'
 
 
 def _section(step: int, prompts: Sequence[Asked], thumbnail: Thumbnail, characters: int) -> str:
@@ -129,7 +130,7 @@ def _completion(one: Judged, characters: int, most: float) -> str:
 def _advantage(advantage: float, most: float) -> str:
     """A bar from the middle: to the right what is made likelier, to the left what is made less likely."""
     share = 50 * min(abs(advantage) / most, 1.0) if math.isfinite(advantage) else 0.0
-    side = "up" if advantage > 0 else "down"
+    side = "up" if advantage > 0 else "down" if advantage < 0 else "level"
     return (
         f'<p class="advantage"><span class="soft">advantage</span> <b class="{side}">{advantage:+.2f}</b>'
         f'<span class="scale" aria-hidden="true"><i class="{side}" style="--share:{share:.1f}"></i></span></p>'
@@ -142,9 +143,12 @@ def _folded(one: Judged, characters: int) -> str:
     text = _text(one.text, characters)
     if len(one.text) <= FOLDED_CHARACTERS and one.text.count("\n") < FOLDED_LINES:
         return f'<div class="text">{text}</div>'
-    preview = show(shorten(" ".join(one.text[: 4 * PREVIEW_CHARACTERS].split()), PREVIEW_CHARACTERS))
+    first, last = PREVIEW_CHARACTERS
+    # Line ends become blanks; endless runs of them must not leave an empty preview.
+    begins, ends = " ".join(one.text.split())[:first], " ".join(one.text[-4 * last :].split())[-last:]
     return (
-        f'<details class="text"><summary><bdi>{preview}</bdi> <span class="more">all of it</span></summary>'
+        f'<details class="text"><summary><bdi>{show(begins)}</bdi> … <bdi>{show(ends)}</bdi> '
+        f'<span class="more">all of it</span></summary>'
         f"{text}</details>"
     )
 
