@@ -246,6 +246,12 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
         (["tune.merger=trained", "memory.tower=host"], "but tune.merger=trained; only a frozen tower"),
         (["optim.in_backward=true"], "but tune.method=lora has few gradients to save"),
         (["tune.method=full", "optim.in_backward=true"], "but optim.max_grad_norm=1 needs all gradients at once"),
+        (["task=grpo", "optim.effective_samples=12"], "a step holds whole groups, so it must be a multiple of the group"),
+        (["task=grpo", "grpo.max_new_tokens=600", "pack.tokens=600"], "pack.tokens=600 leaves no room for a prompt"),
+        (
+            ["task=grpo", "tune.method=full", "optim.max_grad_norm=null", "optim.in_backward=true"],
+            "but task=grpo takes several packs a step",
+        ),
     ],
 )
 def test_settings_that_contradict_are_an_error(overrides, reason):
@@ -253,7 +259,7 @@ def test_settings_that_contradict_are_an_error(overrides, reason):
 
 
 def test_every_rule_has_a_case_above():
-    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (10, 8), (
+    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (11, 11), (
         "add a case to the two tests above, then mend this line"
     )
 

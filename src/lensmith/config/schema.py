@@ -129,6 +129,8 @@ def _describe_one(annotation: Any) -> str | None:
     if origin is list:
         choices = list(_choices(args[0]))
         return "a list " + ("from " if choices else "of ") + (", ".join(choices) or describe_type(args[0]))
+    if origin is dict:
+        return "a mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
     return None

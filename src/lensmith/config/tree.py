@@ -245,12 +245,8 @@ class Grpo(Section):
 class Rollouts(Section):
     """How completions are made during GRPO."""
 
-    engine: Literal["auto", "builtin", "vllm"] = "auto"
-    """builtin: ours, prompts shared by their group; vllm: through TRL, where it is installed. auto: builtin, and says so."""
     batch: Annotated[int, Field(ge=1)] | None = None
     """Completions written at the same time. Null: all of a step."""
-    vllm_mode: Literal["colocate", "server"] = "colocate"
-    """Whether vLLM runs in this process, or as a server that was started with `trl vllm-serve`."""
     on_reward_error: Literal["count", "raise"] = "count"
     """A reward that fails: no reward for that completion, counted and shown; or stop."""
     show_every_steps: Annotated[int, Field(ge=1)] = 1

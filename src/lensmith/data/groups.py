@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lensmith.data.boxes import convert_sample
 from lensmith.data.images import read_patches
 from lensmith.data.pack import pack_samples, plan_packs
 from lensmith.data.source import SampleSource
@@ -21,6 +22,7 @@ class Prompt:
     """A question as the model is asked it, and the sample that it comes from."""
 
     sample: Sample
+    """Boxes in its texts as the model speaks them, so that rewards compare like with like."""
     encoded: Encoded
     """Up to the point where the answer begins; nothing is learned."""
 
@@ -33,7 +35,8 @@ def read_prompt(source: SampleSource, row: int) -> Prompt:
     """
     sample = source.sample(row)
     sizes = source.sizes(sample, max_tokens=source.caps.get(row))
-    return Prompt(sample, source.encoder.encode_prompt(sample, *sizes))
+    encoded = source.encoder.encode_prompt(sample, *sizes)
+    return Prompt(convert_sample(sample, encoded.images, sample.boxes), encoded)
 
 
 @dataclass(slots=True)

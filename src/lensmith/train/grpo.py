@@ -6,7 +6,6 @@ rows -> prompts -> rollout -> rewards -> advantages -> packs -> step -> tuned we
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from lensmith.config.tree import RunConfig
+from lensmith.config.tree import Grpo, RunConfig
 from lensmith.data.groups import GroupPacker, read_prompt
-from lensmith.errors import ConfigError, Interrupted
+from lensmith.errors import Interrupted
 from lensmith.evals.predict import MEDIA_TOKENS
 from lensmith.model.components import parameter_groups
 from lensmith.model.features import GIB, RamStore
@@ -46,7 +45,7 @@ def train_grpo(
 ) -> TrainResult:
     """The steps and the final save of a prepared run; see `lensmith.train.sft.train_model`."""
     config, run = prepared.config, prepared.run
-    say(_engine_sentence(config))
+    say("Completions come from the built-in engine: each prompt and its pictures once per group.")
     total = len(prepared.plan.steps)
     watch = GrpoWatch(prepared, say, progress)
     stop, pause = StopOnInterrupt(), Pause(during if rank() == 0 else None, config.eval.every_steps)
@@ -83,17 +82,10 @@ def train_grpo(
     )
 
 
-def _engine_sentence(config: RunConfig) -> str:
-    """What makes the completions. Raises ConfigError where vLLM is asked for and is not there."""
-    if config.rollout.engine != "vllm":
-        chosen = " (rollout.engine=auto)" if config.rollout.engine == "auto" else ""
-        return f"Completions come from the built-in engine{chosen}: each prompt and its pictures once per group."
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "rollout.engine=vllm: vLLM is not installed here. Install it as its own pages say for this CUDA version, or set "
-            "rollout.engine=builtin, which needs nothing."
-        )
-    return f"Completions come from vLLM ({config.rollout.vllm_mode}), through TRL."
+def _reward_specs(grpo: Grpo) -> list[str | dict[str, Any]]:
+    """The rewards as written; `length` judges by grpo.max_new_tokens unless it names a limit of its own."""
+    specs = [dict(spec) if isinstance(spec, dict) else {"name": spec} for spec in grpo.rewards]
+    return [{"max_tokens": grpo.max_new_tokens, **spec} if spec.get("name") == "length" else spec for spec in specs]
 
 
 def build_trainer(
@@ -127,7 +119,7 @@ def build_trainer(
         seed=config.seed,
         batch=config.rollout.batch,
     )
-    rewards = load_rewards(config.grpo.rewards, root=Path.cwd(), on_error=config.rollout.on_reward_error)
+    rewards = load_rewards(_reward_specs(config.grpo), root=Path.cwd(), on_error=config.rollout.on_reward_error)
     rows = prepared.dataset.scan.rows
     return GRPOTrainer(
         model=prepared.model,
@@ -154,7 +146,6 @@ def grpo_arguments(prepared: Prepared) -> GRPOConfig:
     config, grpo = prepared.config, prepared.config.grpo
     common = common_arguments(prepared)
     common["save_steps"] = -(-common["save_steps"] // grpo.iterations) * grpo.iterations
-    vllm = config.rollout.engine == "vllm"
     return GRPOConfig(
         **common,
         per_device_train_batch_size=config.optim.effective_samples,
@@ -173,6 +164,4 @@ def grpo_arguments(prepared: Prepared) -> GRPOConfig:
         num_iterations=grpo.iterations,
         mask_truncated_completions=grpo.mask_truncated,
         shuffle_dataset=False,
-        use_vllm=vllm,
-        **({"vllm_mode": config.rollout.vllm_mode} if vllm else {}),
     )
