@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "eval.samples",
     "eval.max_new_tokens",
     "eval.batch",
+    "rollout.show_every_steps",
     "log.every_steps",
     "log.report_to",
     "save.every_steps",
