@@ -218,6 +218,7 @@ def test_an_override_without_a_value_says_how_to_write_it():
         (["memory.vision_cache_gib=4", "tune.merger=adapted"], "memory.vision_cache_gib"),
         (["memory.recompute=none", "memory.offload=inputs"], "memory.offload"),
         (["optim.rounding=nearest"], "optim.rounding"),
+        (["grpo.group=4"], "grpo.group"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, path):
@@ -246,7 +247,10 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
         (["tune.merger=trained", "memory.tower=host"], "but tune.merger=trained; only a frozen tower"),
         (["optim.in_backward=true"], "but tune.method=lora has few gradients to save"),
         (["tune.method=full", "optim.in_backward=true"], "but optim.max_grad_norm=1 needs all gradients at once"),
-        (["task=grpo", "optim.effective_samples=12"], "a step holds whole groups, so it must be a multiple of the group"),
+        (
+            ["task=grpo", "optim.effective_samples=12"],
+            "a step holds whole groups, so it must be a multiple of the group",
+        ),
         (["task=grpo", "grpo.max_new_tokens=600", "pack.tokens=600"], "pack.tokens=600 leaves no room for a prompt"),
         (
             ["task=grpo", "tune.method=full", "optim.max_grad_norm=null", "optim.in_backward=true"],

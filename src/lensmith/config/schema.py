@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -28,6 +28,7 @@ BOUNDS: Mapping[type, tuple[str, str]] = {
     Ge: ("ge", "at least"),
     Lt: ("lt", "below"),
     Le: ("le", "at most"),
+    MinLen: ("min_length", "with at least"),
 }
 PLAIN_WORDS: Mapping[Any, str] = {
     bool: "true or false",
@@ -36,6 +37,7 @@ PLAIN_WORDS: Mapping[Any, str] = {
     str: "text",
     Path: "a path",
     type(None): "null",
+    dict[str, Any]: "a mapping",
 }
 
 
@@ -129,8 +131,6 @@ def _describe_one(annotation: Any) -> str | None:
     if origin is list:
         choices = list(_choices(args[0]))
         return "a list " + ("from " if choices else "of ") + (", ".join(choices) or describe_type(args[0]))
-    if origin is dict:
-        return "a mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
     return None

@@ -254,8 +254,9 @@ class Rollouts(Section):
 
 
 class Eval(Section):
-    metric: Literal["auto", "exact", "normalised"] = "auto"
-    """Equal texts, or equal after VQA normalisation (case, punctuation, articles). auto: guessed from the answers, and said."""
+    metric: Literal["auto", "exact", "normalised", "boxed"] = "auto"
+    """Equal texts; equal after VQA normalisation (case, punctuation, articles); or the last \\boxed{} means the answer. auto:
+    boxed with the reward math_boxed, else guessed from the answers, and said."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Answers the held-out questions every so many steps. Null: only before and after."""
     samples: Annotated[int, Field(ge=1)] | None = 500

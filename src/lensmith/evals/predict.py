@@ -74,7 +74,7 @@ class EvalResult:
     @property
     def score(self) -> Score:
         """The score by the chosen metric."""
-        return self.exact if self.metric == "exact" else self.normalised
+        return self.score_of(range(len(self.predictions)))
 
     def is_right(self, prediction: Prediction) -> bool:
         """Whether one answer counts, by the chosen metric."""

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lensmith.errors import DataError
+from lensmith.evals.answer_text import extract_boxed
 
-Metric = Literal["exact", "normalised"]
+Metric = Literal["exact", "normalised", "boxed"]
 
 CONFIDENCE = 0.95
 LONG_ANSWER_WORDS = 8
@@ -74,7 +75,15 @@ def _spaced(text: str) -> str:
     return "".join(c if c == "%" or not unicodedata.category(c).startswith("P") else " " for c in text)
 
 
-MATCHERS = {"exact": exact_match, "normalised": normalised_match}
+def boxed_match(answer: str, reference: str) -> bool:
+    """Whether the last \\boxed{} of the answer means the reference; an answer without one is wrong."""
+    from lensmith.evals.math_answers import math_equal  # which compares words by this module's normalise
+
+    boxed = extract_boxed(answer)
+    return boxed is not None and math_equal(boxed, reference)
+
+
+MATCHERS = {"exact": exact_match, "normalised": normalised_match, "boxed": boxed_match}
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,8 @@ class Decoder:
         """The prompts' keys and values in caches with room for completions; the normed last hidden state of each."""
         engine, decoder, device = self.engine, self.engine.model.language_model, self.engine.place
         lengths = [segment.length for segment in pack.segments]
-        config, dtype = engine.config.text_config, decoder.norm.weight.dtype
+        config: Any = engine.config.text_config
+        dtype = decoder.norm.weight.dtype
         heads = (config.num_key_value_heads, config.head_dim)
         empty = lambda *shape: [torch.zeros(*shape, *heads, dtype=dtype, device=device) for _ in decoder.layers]  # noqa: E731
         prefix, own = (len(lengths), max(lengths)), (len(lengths) * members, max_new_tokens)

@@ -99,6 +99,12 @@ def train_and_compare(
     if prepared.held_out is None or not len(prepared.held_out.rows) or rank() != 0:
         return Compared(_train(prepared, say=say, progress=train_progress), None)
     run, samples = prepared.run, _drawn_samples(prepared.held_out, config, say)
+    if (
+        config.task == "grpo"
+        and config.eval.metric == "auto"
+        and "math_boxed" in map(_reward_name, config.grpo.rewards)
+    ):
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"metric": "boxed"})})
 
     def ask(model: Any, name: str, progress: Progress | None = None) -> EvalResult:
         keep = run.predictions_path(name)
@@ -118,6 +124,10 @@ def train_and_compare(
     for sentence in evaluated.sentences():
         say(sentence)
     return Compared(trained, evaluated)
+
+
+def _reward_name(spec: str | dict[str, Any]) -> Any:
+    return spec if isinstance(spec, str) else spec.get("name")
 
 
 def _train(prepared: Prepared, **more: Any) -> TrainResult:

@@ -9,11 +9,11 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from lensmith.config.tree import Grpo, RunConfig
+from lensmith.config.tree import Grpo
 from lensmith.data.groups import GroupPacker, read_prompt
 from lensmith.errors import Interrupted
 from lensmith.evals.predict import MEDIA_TOKENS

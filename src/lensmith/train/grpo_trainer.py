@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.utils import split_tensor_dict
 
 from lensmith.data.groups import GroupPacker, Prompt
 from lensmith.errors import ConfigError
@@ -103,7 +104,7 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
         per_generation = self.args.steps_per_generation
         if self._step % (per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
             whole = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = grpo_trainer.split_tensor_dict(whole, per_generation)
+            self._buffered_inputs = split_tensor_dict(whole, per_generation)
         return self._buffered_inputs[self._step % per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
