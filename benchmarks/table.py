@@ -12,7 +12,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NEEDED = ("name", "what", "value", "unit", "gpu_or_cpu", "versions", "commit", "command", "date")
-ELSEWHERE = ("memory-grid", "memory-ladder")
+ELSEWHERE = ("memory-grid", "memory-grid-h200", "memory-ladder", "decode-kernels")
 """Results of many cases, shown in docs/memory.md and docs/plan.md instead."""
 START, END = "<!-- measured -->", "<!-- /measured -->"
 HOLE = "not measured yet"
@@ -32,6 +32,10 @@ ROWS = {
     "8b-qlora-1": "Qwen3-VL-8B QLoRA, one sample a step, low memory",
     "4b-qlora-1": "Qwen3-VL-4B QLoRA, one sample a step, low memory",
     "2b-qlora-1": "Qwen3-VL-2B QLoRA, one sample a step, low memory",
+    "grpo-w2-8b": "Qwen3-VL-8B QLoRA GRPO: 2 prompts x 4 completions of 256 tokens, one image of 1,024 tokens each",
+    "grpo-w2-8b-trl": "the same with stock TRL (one timed step)",
+    "grpo-long-8b": "Qwen3-VL-8B QLoRA GRPO: 16 completions of 64 tokens on one image of 2,500",
+    "grpo-sharing-8b": "The policy pass over 8 completions of 200 tokens, prompt of 935 shared against separate",
     "load-8b-nf4": "Loading 8B in NF4: GPU memory beyond its final 6.7 GiB",
 }
 
