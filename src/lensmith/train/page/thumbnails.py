@@ -61,7 +61,7 @@ def _jpeg_reduced(size: ImageSize) -> Image.Image | None:
         if image.format != "JPEG" or image.mode != "RGB":
             return None
         try:
-            image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
+            image.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))  # at least that large
             return ImageOps.exif_transpose(image)
         except PILLOW_FAULTS:  # cut off: open_image says so
             return None
