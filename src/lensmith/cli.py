@@ -51,19 +51,30 @@ Subject = Annotated[
 ]
 
 
-@app.command(epilog="Example: lensmith demo")
+@app.command(epilog="Examples: lensmith demo; lensmith demo grpo")
 def demo(
-    run: Annotated[Path, typer.Option(help="Folder for everything the demo leaves behind.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Draws the test questions, the order and the adapters.")] = 0,
+    what: Annotated[
+        Literal["sft", "grpo"], typer.Argument(help="sft: answers about real pictures; grpo: sums, from rewards.")
+    ] = "sft",
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder for all that the demo leaves behind; by default runs/demo or runs/demo-grpo."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the questions, the order and what is sampled.")] = 0,
     json: Json = False,
 ) -> dict[str, Any]:
-    """Run the main job on the embedded tiny model and real data, in minutes, on any machine."""
-    from lensmith.demo import run_demo
+    """Run the main job on the embedded tiny model, in minutes, on any machine: fine-tuning, or learning from rewards."""
     from lensmith.train.progress import CountProgress, TrainProgress
 
     with TrainProgress() as progress, CountProgress("answering", progress.console) as answered:
-        result = run_demo(run=run, seed=seed, say=progress.say, train_progress=progress, eval_progress=answered)
-    return result.to_json()
+        shown: dict[str, Any] = {"say": progress.say, "train_progress": progress, "eval_progress": answered}
+        if what == "sft":
+            from lensmith.demo import run_demo
+
+            return run_demo(run=run or Path("runs/demo"), seed=seed, **shown).to_json()
+        from lensmith.demo_grpo import run_grpo_demo
+
+        return run_grpo_demo(run=run or Path("runs/demo-grpo"), seed=seed, **shown).to_json()
 
 
 @app.command(epilog="Example: lensmith init data.jsonl")

@@ -1,7 +1,7 @@
 """Pictures of small sums with boxed answers, drawn by a seed: what `lensmith demo grpo` learns from.
 
 A picture is 96 x 64 pixels with a sum such as 3+5 in one of four fonts, in any colours that stand apart, at any place. Of
-what it shows only the digits count; the answer is `\\boxed{8}`. The hundred sums of two digits stand in all parts alike, but
+what it shows only the digits count; the answer is `\\boxed{8}`. The 36 sums of digits up to LARGEST stand in all parts alike, but
 no picture of one part is in another.
 """
 
@@ -27,8 +27,8 @@ FONTS = ("built-in", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")
 """Pillow's own, and three of those that come with matplotlib: there on every machine."""
 FONT_PX = (20, 30)
 MARGIN_PX = 3
-LARGEST = 9
-"""Of both numbers."""
+LARGEST = 5
+"""Of both numbers: 36 sums. Up to 9, a warm-up needs more steps to teach as much (docs/log.md)."""
 WRITTEN = ("{}+{}", "{} + {}", "{}+{}=")
 MODEST = 0.45
 """Least distance of the lightness (0 to 1) of writing and ground: nobody is asked to read what cannot be seen."""

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 STEP_NAME = re.compile(r"step-(\d{6,})")
-BEFORE_START = re.compile(r"predictions-.*\.jsonl|rows|checkpoints|\..*")
-"""What may stand in a run folder before the run starts: answers before training, the demo's rows, leftovers of a kill."""
+BEFORE_START = re.compile(r"predictions-.*\.jsonl|rows|warm-up|checkpoints|\..*")
+"""What may stand in a run folder before the run starts: answers before training, the demos' rows and warm-up, leftovers of a kill."""
 MAY_CHANGE = (
     "run",
     "optim.epochs",

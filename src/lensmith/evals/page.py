@@ -10,6 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lensmith.evals.markup import data_uri, fill_template, list_facts, shorten, show
 from lensmith.evals.score import Comparison, Score
@@ -42,6 +43,9 @@ class Example:
     after: str
     right_before: bool
     right_after: bool
+    note_before: str = ""
+    note_after: str = ""
+    """Said behind each answer, such as what it earned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ def render_page(
     curve_text: str,
     galleries: Sequence[Gallery],
     footer: str,
+    curve_heading: str = "Loss",
 ) -> str:
     """The whole page as text; `curve` is a PNG and `curve_text` says in words what it shows."""
     blanks = {
@@ -73,6 +78,7 @@ def render_page(
         "table": "\n".join(_table_row(line) for line in table),
         "table_note": show(f"{comparison.sentence} The thin line in a bar is the 95\u00a0% interval."),
         "curve": data_uri(curve.read_bytes(), "image/png"),
+        "curve_heading": show(curve_heading),
         "curve_text": show(curve_text),
         "examples": "\n".join(_gallery(gallery) for gallery in galleries if gallery.examples),
         "footer": show(footer),
@@ -106,17 +112,18 @@ def _example(example: Example) -> str:
         f'<li class="card"><img src="{_thumbnail_uri(example.picture)}" alt="">'
         f"<p>{show(example.question)}</p><dl>"
         f"<dt>right answer</dt><dd>{show(shorten(example.reference, SHOWN_CHARACTERS))}</dd>"
-        f"<dt>before</dt>{_answer(example.before, example.right_before)}"
-        f"<dt>after</dt>{_answer(example.after, example.right_after)}</dl></li>"
+        f"<dt>before</dt>{_answer(example.before, example.right_before, example.note_before)}"
+        f"<dt>after</dt>{_answer(example.after, example.right_after, example.note_after)}</dl></li>"
     )
 
 
-def _answer(answer: str, right: bool) -> str:
+def _answer(answer: str, right: bool, note: str) -> str:
     mark, word = ("✓", "right") if right else ("✗", "wrong")
     said = show(shorten(answer, SHOWN_CHARACTERS)) or "(nothing)"
+    told = f" <small>{show(note)}</small>" if note else ""
     return (
         f'<dd class="{word}"><span aria-hidden="true">{mark}</span><span class="hidden">{word}: </span> '
-        f'<span class="said">{said}</span></dd>'
+        f'<span class="said">{said}</span>{told}</dd>'
     )
 
 
@@ -139,34 +146,56 @@ def draw_loss_curve(samples: Sequence[int], losses: Sequence[float], path: Path,
         losses: nats per learned token, one per step.
     """
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    # Figure without pyplot: no global state, and the user's own backend and style stay as they are.
-    figure = Figure(figsize=(6.4, 3.2), dpi=200, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor="white")
+    figure, axes = _curve_axes(title)
     seen = np.cumsum(samples)
-    axes.plot(seen, losses, color="#9db8dd", linewidth=0.8, label="each step")
-    axes.plot(seen, smooth(losses), color="#1d5fbf", linewidth=2, label="running mean")
+    _plot_smoothed(axes, seen, losses)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5))
-    )  # ends may lie within one decade, which must have labels too
+    # Both ends may lie within one decade, which must have labels too.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlim(0, seen[-1])
     axes.set_xlabel("questions seen")
     axes.set_ylabel("loss (nats per learned token)")
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(path)
+
+
+def draw_reward_curve(rewards: Sequence[float], path: Path, *, title: str) -> None:
+    """Write the mean reward of each optimizer step as a PNG of 1280 x 640 pixels."""
+    figure, axes = _curve_axes(title)
+    steps = range(1, len(rewards) + 1)
+    _plot_smoothed(axes, steps, rewards)
+    axes.set_xlim(1, max(2, len(rewards)))
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def _curve_axes(title: str) -> tuple[Any, Any]:
+    """A figure and its axes, in the page's style."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure without pyplot: no global state, and the user's own backend and style stay as they are.
+    figure = Figure(figsize=(6.4, 3.2), dpi=200, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor="white")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(color="#e4e4df", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
-    figure.savefig(path)
+    return figure, axes
+
+
+def _plot_smoothed(axes: Any, x: Any, values: Sequence[float]) -> None:
+    axes.plot(x, values, color="#9db8dd", linewidth=0.8, label="each step")
+    axes.plot(x, smooth(values), color="#1d5fbf", linewidth=2, label="running mean")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
