@@ -25,7 +25,6 @@ from lensmith.evals.page import Example, Gallery, Line, draw_reward_curve, rende
 from lensmith.evals.predict import Prediction, answer_samples, write_predictions
 from lensmith.evals.predict import Progress as EvalProgress
 from lensmith.evals.score import Comparison, Score, compare_answers, score_answers
-from lensmith.rundir import RunDir
 from lensmith.train.grpo import train_grpo
 from lensmith.train.prepare import Prepared, prepare_run
 from lensmith.train.rewards import RewardBatch, extract_boxed_answer, load_rewards

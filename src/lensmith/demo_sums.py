@@ -1,7 +1,7 @@
 """Pictures of small sums with boxed answers, drawn by a seed: what `lensmith demo grpo` learns from.
 
 A picture is 96 x 64 pixels with a sum such as 3+5 in one of four fonts, in any colours that stand apart, at any place. Of
-what it shows only the digits count; the answer is `\\boxed{8}`. The 36 sums of digits up to LARGEST stand in all parts alike, but
+what it shows only the digits count; the answer is `\\boxed{8}`. The 36 sums of digits up to LARGEST stand in all parts, but
 no picture of one part is in another.
 """
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 STEP_NAME = re.compile(r"step-(\d{6,})")
 BEFORE_START = re.compile(r"predictions-.*\.jsonl|rows|warm-up|checkpoints|\..*")
-"""What may stand in a run folder before the run starts: answers before training, the demos' rows and warm-up, leftovers of a kill."""
+"""What may stand in a run folder before the run starts: answers before training, rows and warm-up of demos, leftovers."""
 MAY_CHANGE = (
     "run",
     "optim.epochs",
