@@ -74,7 +74,8 @@ class EvalResult:
     @property
     def score(self) -> Score:
         """The score by the chosen metric."""
-        return self.score_of(range(len(self.predictions)))
+        known = {"exact": self.exact, "normalised": self.normalised}.get(self.metric)
+        return self.score_of(range(len(self.predictions))) if known is None else known
 
     def is_right(self, prediction: Prediction) -> bool:
         """Whether one answer counts, by the chosen metric."""
