@@ -6,20 +6,15 @@ rows -> prompts -> rollout -> rewards -> advantages -> packs -> step -> tuned we
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from lensmith.config.tree import Grpo
 from lensmith.data.groups import GroupPacker, read_prompt
-from lensmith.errors import Interrupted
 from lensmith.evals.predict import MEDIA_TOKENS
 from lensmith.model.components import parameter_groups
 from lensmith.model.features import GIB, RamStore
-from lensmith.rundir import naming_full_disk
 from lensmith.train.completions import CompletionLog
 from lensmith.train.grpo_stats import GrpoStats
 from lensmith.train.grpo_trainer import GRPOTrainer
@@ -28,10 +23,10 @@ from lensmith.train.measure import own_optimizer
 from lensmith.train.oom import MemoryGuard
 from lensmith.train.prepare import Prepared, Say
 from lensmith.train.ranks import rank
-from lensmith.train.recover import GradientGuard, StopOnInterrupt, interruptible
-from lensmith.train.rewards import load_rewards
+from lensmith.train.recover import GradientGuard, StopOnInterrupt
+from lensmith.train.rewards import run_rewards
 from lensmith.train.rollout import Rollout
-from lensmith.train.sft import During, Pause, TrainResult, common_arguments, save_final
+from lensmith.train.sft import During, Pause, TrainResult, common_arguments, take_steps
 
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
@@ -53,22 +48,8 @@ def train_grpo(
     for callback in (stop, pause, *([watch.best] if rank() == 0 else [])):
         trainer.add_callback(callback)
     say(f"What is answered, and how it is judged: {run.page_path}")
-    start = time.perf_counter()
-    with naming_full_disk(run.path), contextlib.closing(watch):
-        if prepared.steps_done >= total:
-            say(f"All {total} steps are done already.")
-            trainer._load_from_checkpoint(str(prepared.checkpoint))
-        else:
-            with interruptible(stop, say):
-                trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
-        train_s = time.perf_counter() - start - pause.spent_s
-        if stop.asked and trainer.state.global_step < total:
-            raise Interrupted(
-                f"{run.path}: stopped after step {trainer.state.global_step} of {total} and saved. "
-                f"To go on: lensmith train {run.config_path}"
-            )
-        if rank() == 0:
-            save_final(prepared, trainer.tuned)
+    with contextlib.closing(watch):
+        train_s = take_steps(prepared, trainer, stop, pause, say)
     for sentence in watch.advice():
         say(sentence)
     return TrainResult(
@@ -80,12 +61,6 @@ def train_grpo(
         loss=watch.loss,
         run=run.path,
     )
-
-
-def _reward_specs(grpo: Grpo) -> list[str | dict[str, Any]]:
-    """The rewards as written; `length` judges by grpo.max_new_tokens unless it names a limit of its own."""
-    specs = [dict(spec) if isinstance(spec, dict) else {"name": spec} for spec in grpo.rewards]
-    return [{"max_tokens": grpo.max_new_tokens, **spec} if spec.get("name") == "length" else spec for spec in specs]
 
 
 def build_trainer(
@@ -119,7 +94,6 @@ def build_trainer(
         seed=config.seed,
         batch=config.rollout.batch,
     )
-    rewards = load_rewards(_reward_specs(config.grpo), root=Path.cwd(), on_error=config.rollout.on_reward_error)
     rows = prepared.dataset.scan.rows
     return GRPOTrainer(
         model=prepared.model,
@@ -130,7 +104,7 @@ def build_trainer(
         read=lambda row: read_prompt(source, row),
         packer=packer,
         rollout=rollout,
-        rewards=rewards,
+        rewards=run_rewards(config),
         groups=parameter_groups(prepared.model, config.optim, config.tune.method),
         run=prepared.run,
         guard=GradientGuard(say),

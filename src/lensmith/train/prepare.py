@@ -32,6 +32,7 @@ from lensmith.plan.answer import check_fits
 from lensmith.plan.cards import usable_gib
 from lensmith.rundir import RunDir, checkpoint_step
 from lensmith.train.ranks import rank, refuse_data_parallel, world_size
+from lensmith.train.rewards import run_rewards
 from lensmith.train.selfcheck import check_packs
 from lensmith.types import counted
 
@@ -69,6 +70,7 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     check_versions()
     check_tune(config.tune)
     if config.task == "grpo":
+        run_rewards(config)  # a name that is not there is known before gigabytes of weights are read
         config = _with_default_rate(config)
     refuse_data_parallel()
     if torch.cuda.is_available():

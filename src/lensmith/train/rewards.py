@@ -24,6 +24,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lensmith.config.suggest import suggest_choice
+from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError
 from lensmith.evals.answer_text import extract_boxed as extract_boxed_answer
 from lensmith.train.reward_calls import read_signature
@@ -73,6 +74,20 @@ def load_rewards(specs: Sequence[Written], *, root: Path, on_error: OnError = "c
     """
     modules: dict[Path, ModuleType] = {}
     return RewardSet([_load(spec, root, modules) for spec in read_reward_specs(specs)], on_error)
+
+
+def run_rewards(config: RunConfig) -> RewardSet:
+    """The rewards of a GRPO run; `length` judges by grpo.max_new_tokens unless it names a limit of its own.
+
+    Files of functions start from the folder that the command runs in, as data files do.
+
+    Raises:
+        ConfigError: as `load_rewards`.
+    """
+    written = [dict(spec) if isinstance(spec, dict) else {"name": spec} for spec in config.grpo.rewards]
+    known = {"max_tokens": config.grpo.max_new_tokens}
+    specs = [{**known, **spec} if spec.get("name") == "length" else spec for spec in written]
+    return load_rewards(specs, root=Path.cwd(), on_error=config.rollout.on_reward_error)
 
 
 def read_reward_specs(specs: Sequence[Written]) -> tuple[RewardSpec, ...]:

@@ -93,6 +93,26 @@ def train_prepared(
 
     stop, pause = StopOnInterrupt(), Pause(during if rank() == 0 else None, config.eval.every_steps)
     trainer = _build_trainer(prepared, say, on_stats, [stop, pause])
+    train_s = take_steps(prepared, trainer, stop, pause, say)
+    if (features := prepared.loaded.model.features) is not None:
+        say(features.sentence())
+    return TrainResult(
+        model=trainer.tuned,
+        processor=prepared.loaded.processor,
+        steps=total,
+        samples=sum(map(len, prepared.plan.steps[prepared.steps_done :])),
+        train_s=train_s,
+        loss=losses[-1] if losses else float("nan"),
+        run=run.path,
+    )
+
+
+def take_steps(prepared: Prepared, trainer: Any, stop: StopOnInterrupt, pause: Pause, say: Say) -> float:
+    """All steps that are left, then the final save; returns the seconds of training alone.
+
+    Raises Interrupted after Ctrl-C, with everything saved.
+    """
+    run, total = prepared.run, len(prepared.plan.steps)
     start = time.perf_counter()
     with naming_full_disk(run.path):
         if prepared.steps_done >= total:
@@ -108,18 +128,8 @@ def train_prepared(
                 f"To go on: lensmith train {run.config_path}"
             )
         if rank() == 0:
-            save_final(prepared, trainer.tuned)
-    if (features := prepared.loaded.model.features) is not None:
-        say(features.sentence())
-    return TrainResult(
-        model=trainer.tuned,
-        processor=prepared.loaded.processor,
-        steps=total,
-        samples=sum(map(len, prepared.plan.steps[prepared.steps_done :])),
-        train_s=train_s,
-        loss=losses[-1] if losses else float("nan"),
-        run=run.path,
-    )
+            _save_final(prepared, trainer.tuned)
+    return train_s
 
 
 def _build_trainer(
@@ -148,7 +158,7 @@ def _build_trainer(
     )
 
 
-def save_final(prepared: Prepared, model: nn.Module) -> None:
+def _save_final(prepared: Prepared, model: nn.Module) -> None:
     """Tuned weights, and a processor that resizes and takes frames as training did, so that serving sees the same pixels."""
     processor, folder = prepared.loaded.processor, prepared.run.path / TUNED_FOLDER
     write_policy(processor, prepared.encoder.min_tokens, prepared.encoder.max_tokens)
