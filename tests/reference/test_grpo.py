@@ -32,11 +32,11 @@ from lensmith.errors import ConfigError
 from lensmith.model.adapters import prepare_trainable
 from lensmith.model.engine import Engine
 from lensmith.model.names import resolve_model
-from lensmith.rundir import RunDir
+from lensmith.rundir import RunDir, checkpoint_step
 from lensmith.train.grpo_stats import GrpoStats
 from lensmith.train.grpo_trainer import GRPOTrainer
 from lensmith.train.oom import MemoryGuard
-from lensmith.train.recover import GradientGuard
+from lensmith.train.recover import GradientGuard, StopOnInterrupt
 from lensmith.train.rollout import Rollout
 
 pytestmark = pytest.mark.usefixtures("float64_modules")
@@ -312,3 +312,20 @@ def test_memory_that_runs_out_changes_no_weight(tmp_path, source, processor, mon
     assert short.run_dir.read_oom()
     for key, weight in adapter(whole.model).items():
         assert_close(adapter(short.model)[key], weight, atol=1e-9, rtol=1e-7)
+
+
+def test_three_steps_are_one_and_a_resume_and_two_bit_for_bit(tmp_path, source, processor):
+    """Rollouts are seeded by the step, so those after a resume are those that would have been."""
+    whole = make_ours(tmp_path / "whole", source, processor)
+    whole.train()
+    stopped = make_ours(tmp_path / "parts", source, processor)
+    stop = StopOnInterrupt()
+    stop.asked = True
+    stopped.add_callback(stop)
+    stopped.train()
+    checkpoint = stopped.run_dir.latest_checkpoint()
+    assert checkpoint_step(checkpoint) == 1
+    resumed = make_ours(tmp_path / "parts", source, processor)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for key, weight in adapter(whole.model).items():
+        assert torch.equal(adapter(resumed.model)[key], weight)

@@ -193,6 +193,8 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if not model.training:
             model.train()
+        # TRL counts from 0 in every start of a run; a resumed one would regenerate at other steps than it did.
+        self._step = self.state.global_step
         batch = self._prepare_inputs(inputs)
         started = time.perf_counter()
         packs = self._packs(self._moving_rows(batch))
