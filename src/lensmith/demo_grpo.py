@@ -1,4 +1,4 @@
-"""Reinforcement in minutes on any machine: lensmith/tiny learns to add by rewards alone, and a page shows what changed.
+"""Reinforcement in minutes on any machine: lensmith/tiny practises sums with rewards alone, and a page shows what changed.
 
     sums ──> warm-up ──> before ──> GRPO ──> after ──> page
     drawn    task=sft    answers    task=grpo
@@ -29,7 +29,7 @@ from lensmith.train.grpo import train_grpo
 from lensmith.train.prepare import Prepared, prepare_run
 from lensmith.train.rewards import RewardBatch, extract_boxed_answer, load_rewards
 from lensmith.train.sft import TrainResult, train_model
-from lensmith.types import Sample
+from lensmith.types import Sample, counted
 
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
@@ -51,6 +51,11 @@ class Judged:
     predictions: tuple[Prediction, ...]
     rewards: tuple[float, ...]
     """math_boxed: -1 without a box, -0.5 with a wrong one, 1 with the right one."""
+
+    @property
+    def cut_off(self) -> int:
+        """Answers that did not end: math_boxed reads the last box only, and nothing keeps a policy from going on."""
+        return sum(not prediction.stopped for prediction in self.predictions)
 
     @property
     def reward(self) -> float:
@@ -139,6 +144,11 @@ def run_grpo_demo(
     trained = train_grpo(prepared, say=say, progress=train_progress)
     after = judge_model(prepared, trained.model, "after", eval_progress)
     say(f"After GRPO: {after}")
+    if after.cut_off > before.cut_off:
+        say(
+            f"{counted(after.cut_off, 'answer')} did not end by themselves, {before.cut_off} before: math_boxed reads the last "
+            "box only, and the policy found that out. The reward `length` is there for that."
+        )
     say(compare_judged(before, after).sentence)
     page = write_grpo_report(prepared, before, after, warmed, trained)
     say(f"The reward's curve, pictures, and answers before and after: {page}")
@@ -229,18 +239,19 @@ def write_grpo_report(
     run, seed, group = prepared.run, prepared.config.seed, prepared.config.grpo.group
     rewards = [float(step["reward"]) for step in run.read_metrics()]
     curve = run.path / "reward.png"
-    draw_reward_curve(rewards, curve, title="Mean reward of each step: lensmith/tiny learns to add")
+    draw_reward_curve(rewards, curve, title="Mean reward of each step: lensmith/tiny on pictures of sums")
     examples = _examples(prepared, before, after)
     wrong = [example for example in examples if not example.right_after]
     drawn = random.Random(seed).sample(examples, min(SHOWN_DRAWN, len(examples)))
     page = run.path / "page.html"
     page.write_text(
         render_page(
-            title=f"lensmith/tiny learned to add by rewards in {trained.train_s:.0f} seconds",
+            title=f"lensmith/tiny practised sums with rewards for {trained.train_s:.0f} seconds",
             summary=_summary(len(examples), group, warmed, trained),
             facts={
                 "mean reward": f"{before.reward:+.2f} → {after.reward:+.2f}",
                 "right boxes": f"{100 * before.accuracy().value:.1f} → {100 * after.accuracy().value:.1f} %",
+                "cut off": f"{before.cut_off} → {after.cut_off}",
                 "GRPO": f"{trained.train_s:.0f} s",
                 "warm-up": f"{warmed.train_s:.0f} s",
             },

@@ -90,8 +90,7 @@ class Alarms:
             "logprobs": (
                 gap > self._most_gap,
                 f"log-probabilities at rollout and in training are {gap:.3g} nats apart, more than {self._most_gap:g}: what is "
-                "learned from is not what was sampled. With vLLM its weights may be old; with the built-in engine please "
-                "report this with the output of `lensmith env`.",
+                "learned from is not what was sampled. Please report this with the output of `lensmith env`.",
             ),
         }
 

@@ -54,6 +54,8 @@ class TrainProgress:
         """Time before the first step seen and the steps taken by then: a resumed run does not start at 0."""
         self.said_at = -LINE_EVERY_S
         self.means: dict[str, float] = {}
+        self.step = 0
+        """The newest one shown."""
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +72,9 @@ class TrainProgress:
     def update(self, stats: StepStats, total_steps: int) -> None:
         """Show one more optimizer step of `total_steps`."""
         now = self.clock()
+        if stats.step <= self.step:  # another run has begun, such as GRPO behind its warm-up
+            self.first, self.means = None, {}
+        self.step = stats.step
         self._blend(stats)
         if self.first is None:
             self.first = (now - stats.step_s, stats.step - 1)
