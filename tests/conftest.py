@@ -256,11 +256,12 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(Path(lensmith.model.__file__).parent / "tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[..., Any]]:
     """`interpreted(function, *arguments)` runs a top-level function where Triton interprets its kernels on the CPU.
 
-    In a process of its own, because Triton decides when it is imported.
+    In a process of its own, because Triton decides when it is imported; it ends with the module, so that tests which count
+    processes find none.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor

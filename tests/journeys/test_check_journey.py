@@ -20,7 +20,8 @@ from lensmith.check.findings import CODES
 from lensmith.data.source import read_samples
 
 COLUMNS = 80
-FLOOD_ROWS = 20_000
+FLOOD_ROWS = 200_000
+"""More than a fast machine reads before its first line of progress."""
 LONG_WAIT_S = 120
 """For a process that loads torch on a busy machine."""
 

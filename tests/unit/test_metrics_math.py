@@ -1,13 +1,13 @@
 """Whether two answers are the same mathematics: pairs known to be equal or not, words, and what runs away."""
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lensmith.evals import math_answers
+from lensmith.evals import math_answers, math_process
 from lensmith.evals.math_answers import math_equal
 
 FORMULAS = [
@@ -69,24 +69,26 @@ def test_a_fraction_is_itself_however_it_is_written(over, under):
     assert not math_equal(f"{over}/{under}", f"{over + 1}/{under}")
 
 
-@pytest.mark.parametrize("answer", ["9^{9^{9^9}}", "99999999!", "(x+1)^{100000}"])
+RUNAWAYS = ["9^{9^{9^9}}", "99999999!", "(x+1)^{100000}", r"\binom{999999999}{444444444}"]
+
+
+@pytest.mark.parametrize("answer", RUNAWAYS)
 def test_an_answer_that_runs_away_is_wrong_within_seconds(answer, forgetful):
     start = time.monotonic()
     assert not math_equal(answer, "5")
-    assert time.monotonic() - start < 6 * math_answers.MOST_S
+    assert time.monotonic() - start < 5 * math_process.MOST_S  # the process may have to start first
 
 
-def test_other_threads_compare_too_and_leave_out_what_would_run_away(forgetful):
-    found = {}
+def test_after_a_runaway_formulas_are_compared_as_before(forgetful):
+    assert not math_equal("9^{9^{9^9}}", "5")
+    assert math_equal(r"\sqrt{12}", r"2\sqrt{3}")
 
-    def compare():
-        found["formula"] = math_equal(r"\sqrt{12}", r"2\sqrt{3}")
-        found["tower"] = math_equal("9^{9^{9^9}}", "5")
 
-    thread = threading.Thread(target=compare)
-    thread.start()
-    thread.join(60)
-    assert found == {"formula": True, "tower": False}
+def test_threads_take_turns(forgetful):
+    pairs = [(f"{n}+x", f"x+{n}") for n in range(20)] + [(f"{n}+x", f"x-{n}") for n in range(1, 20)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pair: math_equal(*pair), pairs))
+    assert found == [True] * 20 + [False] * 19
 
 
 def test_without_math_verify_numbers_are_compared_and_that_is_said_once(forgetful, monkeypatch):

@@ -1,26 +1,24 @@
 """Whether two short answers are the same number, formula or word.
 
     the same text ──> prose: the same words ──> the same number ──> the same formula, by math-verify
-                      (`score.normalise`)       (exact fractions)   (at most MOST_S seconds)
+                      (`score.normalise`)       (exact fractions)   (seconds at most)
 
-math-verify parses LaTeX into sympy and compares there. It stops a runaway comparison by SIGALRM, which only a main thread
-can set; other threads leave expressions that could run away to the first two steps.
+math-verify parses LaTeX into sympy and compares there, in a process of its own (`math_process`), so that a tower of powers is
+wrong within seconds, in whatever thread it is asked.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import threading
 import warnings
 from fractions import Fraction
 from importlib.util import find_spec
 
 from lensmith.evals.answer_text import extract_boxed
+from lensmith.evals.math_process import math_process
 from lensmith.evals.score import normalise
 
-MOST_S = 2
-"""Seconds for one parse or comparison; whole ones, as signal.alarm wants."""
 MOST_CHARACTERS = 300
 """Longer texts are prose or a derivation, not an answer, and are compared as text."""
 REMEMBERED = 4096
@@ -38,8 +36,6 @@ _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:/\d{1,30})?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# A power of a power, an exponent or a factorial of four digits and more: what takes sympy minutes and gigabytes.
-_RUNAWAY = re.compile(r"\^[^,;=]*\^|(?:\^|\*\*)\s*\{?\s*[-+(]?\d{4,}|\d{4,}\)?\s*!|!\s*!|\\(?:int|sum|prod|lim)")
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
@@ -59,21 +55,7 @@ def math_equal(answer: str, reference: str) -> bool:
         return said == meant
     if not answer or not reference or max(len(answer), len(reference)) > MOST_CHARACTERS or not _has_math_verify():
         return False
-    return _same_formula(answer, reference)
-
-
-def _same_formula(answer: str, reference: str) -> bool:
-    import math_verify
-
-    limit_s = MOST_S if threading.current_thread() is threading.main_thread() else None
-    if limit_s is None and (_RUNAWAY.search(answer) or _RUNAWAY.search(reference)):
-        return False
-    targets = (math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig())
-    meant, said = (
-        math_verify.parse(f"\\boxed{{{text}}}", extraction_config=targets, parsing_timeout=limit_s)  # type: ignore[arg-type]
-        for text in (reference, answer)
-    )
-    return bool(meant and said and math_verify.verify(meant, said, timeout_seconds=limit_s))
+    return math_process.equal(answer, reference)
 
 
 @functools.cache
