@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from lensmith.config.tree import Eval, Images, Tune
 from lensmith.data.encode import Encoder
 from lensmith.errors import DataError, RowError
+from lensmith.evals.answer import batches
 from lensmith.evals.predict import (
     MEDIA_TOKENS,
     Prediction,
@@ -18,12 +19,15 @@ from lensmith.evals.predict import (
     compare_results,
     draw_samples,
     evaluate_model,
+    greedy_settings,
     pad_prompts,
     read_predictions,
     score_predictions,
     write_predictions,
 )
 from lensmith.model.adapters import prepare_trainable
+from lensmith.model.decode import Decoder
+from lensmith.model.engine import Engine
 from lensmith.types import ImageMark, ImageRef, Message, Sample, Text
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *MEDIA_TOKENS)
@@ -61,7 +65,7 @@ def encoder(processor):
 @pytest.fixture
 def model(build_tiny, processor):
     """A random model with this tokenizer's ids, in float64 so that batches of other shapes cannot flip a near tie."""
-    model, ids = build_tiny(vocab_size=264), processor.tokenizer.convert_tokens_to_ids
+    model, ids = build_tiny(cls=Engine, vocab_size=264), processor.tokenizer.convert_tokens_to_ids
     model.config.image_token_id, model.config.video_token_id = ids("<|image_pad|>"), ids("<|video_pad|>")
     model.config.vision_start_token_id = ids("<|vision_start|>")
     model.config.vision_end_token_id = ids("<|vision_end|>")
@@ -118,6 +122,54 @@ def test_a_batch_answers_as_its_questions_would_one_by_one(model, encoder, proce
     assert [(p.question, p.reference) for p in together][3] == ("and then?", "two")
     assert len({p.answer for p in together}) > 1, "the questions are told apart"
     assert together == answer(model, encoder, processor, samples, batch=2)
+
+
+def generate(model, encoder, processor, samples):
+    """transformers' own greedy answers to the same prompts, padded on the left."""
+    settings = greedy_settings(model, processor.tokenizer, encoder.end_token_id, NEW_TOKENS)
+    inputs = pad_prompts([encoder.encode_prompt(sample) for sample in samples], encoder, model)
+    with torch.inference_mode():
+        written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = settings.eos_token_id
+    return [ids[: next((place for place, token in enumerate(ids) if token in ends), None)] for ids in written]
+
+
+def test_answers_are_those_of_transformers_generate(model, encoder, processor, samples):
+    theirs = generate(model.eval(), encoder, processor, samples)
+    ours = answer(model, encoder, processor, samples)
+    assert [p.answer for p in ours] == processor.tokenizer.batch_decode(theirs, skip_special_tokens=True)
+    assert [p.tokens for p in ours] == [len(ids) for ids in theirs]
+
+
+def test_prompts_are_asked_longest_first_by_number_and_by_tokens(monkeypatch, encoder, samples):
+    prompts = [encoder.encode_prompt(sample) for sample in samples]
+    chosen = list(batches(prompts, 2))
+    assert sorted(index for batch in chosen for index in batch) == list(range(len(samples)))
+    assert [len(batch) for batch in chosen] == [2, 2, 1]
+    lengths = [prompts[index].num_tokens for batch in chosen for index in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    monkeypatch.setattr("lensmith.evals.answer.PROMPT_TOKENS", lengths[0])
+    by_tokens = list(batches(prompts, 8))
+    assert all(sum(prompts[index].num_tokens for index in batch) <= lengths[0] for batch in by_tokens)
+    assert len(by_tokens) > 1
+
+
+def test_what_does_not_fit_the_gpu_is_asked_in_halves_and_that_is_said(model, encoder, processor, samples, monkeypatch):
+    whole, complete = answer(model, encoder, processor, samples), Decoder.complete
+
+    def small_gpu(self, prompts, members, **settings):
+        if len(prompts.segments) > 3:
+            raise torch.OutOfMemoryError("made up")
+        return complete(self, prompts, members, **settings)
+
+    monkeypatch.setattr(Decoder, "complete", small_gpu)
+    with pytest.warns(UserWarning, match="ran out of memory over 5 questions at once, so they are asked in two halves"):
+        assert answer(model, encoder, processor, samples) == whole
+
+
+def test_a_model_that_transformers_loaded_is_refused(build_tiny, encoder, processor, samples):
+    with pytest.raises(TypeError, match=r"Qwen3VLForConditionalGeneration: holds no Engine"):
+        answer(build_tiny(vocab_size=264), encoder, processor, samples)
 
 
 def test_prompts_are_what_transformers_own_processor_makes(model, encoder, processor, samples):

@@ -237,7 +237,7 @@ def test_a_pack_with_videos_trains_as_the_stock_model_on_what_the_processor_make
 
 
 def test_prompts_are_what_the_processor_makes_and_are_answered_alike(build_tiny, encoder, serving, samples):
-    model = with_ids_of(build_tiny(vocab_size=VOCAB_SIZE), serving).eval()
+    model = with_ids_of(build_tiny(cls=Engine, vocab_size=VOCAB_SIZE), serving).eval()
     ours = pad_prompts([encoder.encode_prompt(sample) for sample in samples], encoder, model)
     theirs = served(serving, samples, prompts=True)
     assert set(ours) == set(theirs)

@@ -1,8 +1,7 @@
-"""Answers by greedy generation, from the same template and the same pixels that training reads.
+"""Answers by greedy generation, from the same template and the same pixels that training reads, and what they score.
 
-Prompts of similar length go through together, padded on the left, longest first: the batch that needs most memory is the
-first one. A batch reads each of its pictures once, and questions of one length about one picture come in one batch. The
-order of the answers is the order of the samples.
+`answer_samples` goes through the rollout engine (lensmith.evals.answer). `greedy_settings` and `pad_prompts` are the same
+prompts and the same rules for transformers' own `generate`, which is what the answers are tested against.
 """
 
 from __future__ import annotations
@@ -25,7 +24,9 @@ from lensmith.data.boxes import restore_answer
 from lensmith.data.encode import Encoder
 from lensmith.data.images import grid_of, read_patches
 from lensmith.errors import DataError
+from lensmith.evals.answer import answer_prompts
 from lensmith.evals.score import MATCHERS, Comparison, Metric, Score, compare_answers, guess_metric, score_answers
+from lensmith.model.engine import find_engine
 from lensmith.types import Encoded, ImageMark, ImageRef, ImageSize, Message, Moment, Sample, Text, VisionGeometry
 
 if TYPE_CHECKING:
@@ -171,33 +172,28 @@ def answer_samples(
 ) -> list[Prediction]:
     """The model's answer to the last question of each sample, greedily; a final assistant turn is not shown to it.
 
-    `model` may be a PeftModel; inside its `disable_adapter()` the base answers. Its mode (training or not, module by
-    module) is put back afterwards.
+    `model` is an Engine, as load_model makes it, or a PeftModel around one; inside its `disable_adapter()` the base answers.
+    Its mode (training or not, module by module) is put back afterwards.
     """
     prompts = [encoder.encode_prompt(sample) for sample in samples]
-    order = sorted(range(len(prompts)), key=lambda index: _batch_key(prompts[index]))
     settings = greedy_settings(model, processor.tokenizer, encoder.end_token_id, max_new_tokens)
-    answers: dict[int, tuple[list[int], bool]] = {}
-    with answering(model):
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            inputs = pad_prompts([prompts[index] for index in chosen], encoder, model)
-            generated = model.generate(**inputs, generation_config=settings)
-            new_tokens = generated[:, inputs["input_ids"].shape[1] :].tolist()
-            answers |= zip(chosen, (_cut_at_end(ids, settings.eos_token_id) for ids in new_tokens), strict=True)
-            if progress is not None:
-                progress(len(answers), len(samples))
-    texts = processor.tokenizer.batch_decode([answers[i][0] for i in range(len(samples))], skip_special_tokens=True)
+    answers = answer_prompts(
+        find_engine(model),
+        encoder,
+        prompts,
+        end_ids=settings.eos_token_id,
+        never_ids=settings.suppress_tokens,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        progress=progress,
+    )
+    texts = processor.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
     asked = zip(texts, samples, prompts, strict=True)
     texts = [restore_answer(text, sample, prompt.images) for text, sample, prompt in asked]
     return [
-        Prediction(sample.where, sample.question, sample.answer, text, len(answers[index][0]), answers[index][1])
-        for index, (sample, text) in enumerate(zip(samples, texts, strict=True))
+        Prediction(sample.where, sample.question, sample.answer, text, len(answer.ids), answer.stopped)
+        for sample, text, answer in zip(samples, texts, answers, strict=True)
     ]
-
-
-def _batch_key(prompt: Encoded) -> tuple[int, list[str]]:
-    return -prompt.num_tokens, [image.ref.key for image in prompt.images]
 
 
 def ask_model(
@@ -310,11 +306,6 @@ def picture_inputs(images: Sequence[ImageSize], geometry: VisionGeometry) -> dic
             inputs[pixels] = torch.cat([patches[image.ref.key, image.seen_px] for image in chosen])
             inputs[grids] = torch.tensor([grid_of(image, geometry) for image in chosen])
     return inputs
-
-
-def _cut_at_end(ids: list[int], end_ids: Sequence[int]) -> tuple[list[int], bool]:
-    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
-    return ids[:end], end is not None
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:

@@ -9,7 +9,8 @@ host gives it one launch per token. Finished sequences leave the batch when that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lensmith.model.attention import build_layout, kept_runs, segment_runs
 from lensmith.model.decode_attention import attend_decode, reads_to_length, write_decode
@@ -111,8 +112,15 @@ class Decoder:
     ) -> list[list[Completion]]:
         """`members` completions for each prompt of the pack, whose segments are the prompts, each standing alone.
 
-        `generator` lies on the engine's device. A token never depends on whether graphs are used.
+        `generator` lies on the engine's device. A token never depends on whether graphs are used. Dropout and the like rest
+        meanwhile, and every module is in the mode that it was in afterwards.
         """
+        with evaluating(self.engine):
+            return self._complete(prompts, members, max_new_tokens, generator)
+
+    def _complete(
+        self, prompts: Pack, members: int, max_new_tokens: int, generator: torch.Generator
+    ) -> list[list[Completion]]:
         if self.engine.shadows is not None:
             self.engine.shadows.refresh()
         self._layers = self._layers or [RowsThrough(layer) for layer in self.engine.model.language_model.layers]
@@ -279,6 +287,19 @@ class _Batch:
             self.completions[number] = Completion(
                 tuple(ids[slot][:stop]), tuple(logprobs[slot][:stop]), stopped=end is not None
             )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each is in the mode it was in."""
+    # Not model.train() at the end: a frozen tower may have been in eval mode while the rest trained.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def prompt_hidden(

@@ -55,25 +55,19 @@ class Rollout:
         """`members` completions of each prompt. `draw` says which draw of the run this is: equal numbers, equal draws."""
         started = time.perf_counter()
         generator = torch.Generator(self.engine.place)
-        training = [module for module in self.engine.modules() if module.training]
-        self.engine.eval()
-        try:
-            groups: list[list[Completion]] = []
-            at_once = max(1, self.batch // members) if self.batch else len(prompts)
-            for start in range(0, len(prompts), at_once):
-                # A seed of its own per part, so that no part depends on how long the one before it was.
-                generator.manual_seed(
-                    int(np.random.SeedSequence([self.seed, draw, start]).generate_state(1, np.uint64)[0] >> 1)
-                )
-                groups += self.decoder.complete(
-                    self.packer.pack_prompts(prompts[start : start + at_once]),
-                    members,
-                    max_new_tokens=self.settings.max_new_tokens,
-                    generator=generator,
-                )
-        finally:
-            for module in training:
-                module.training = True
+        groups: list[list[Completion]] = []
+        at_once = max(1, self.batch // members) if self.batch else len(prompts)
+        for start in range(0, len(prompts), at_once):
+            # A seed of its own per part, so that no part depends on how long the one before it was.
+            generator.manual_seed(
+                int(np.random.SeedSequence([self.seed, draw, start]).generate_state(1, np.uint64)[0] >> 1)
+            )
+            groups += self.decoder.complete(
+                self.packer.pack_prompts(prompts[start : start + at_once]),
+                members,
+                max_new_tokens=self.settings.max_new_tokens,
+                generator=generator,
+            )
         self.cost.seconds += time.perf_counter() - started
         self.cost.tokens += sum(len(completion.ids) for group in groups for completion in group)
         return groups
