@@ -275,8 +275,9 @@ def _heads_kernel_error(device: torch.device, dtype: torch.dtype) -> float:
     rope = (torch.cat([angle.cos()] * 2, -1).to(dtype), torch.cat([angle.sin()] * 2, -1).to(dtype))
     leaves = [x.float().requires_grad_() for x in (query, key)]
     normed = [F.rms_norm(x, (128,), weight.float(), 1e-6) for x, weight in zip(leaves, weights, strict=True)]
-    exact = modeling_qwen3_vl.apply_rotary_pos_emb(normed[0], normed[1], *(part.float() for part in rope))
-    exact = [*exact, *torch.autograd.grad(exact, leaves, [grad.float() for grad in grads])]
+    cos, sin = (part.float() for part in rope)
+    rotated = modeling_qwen3_vl.apply_rotary_pos_emb(normed[0], normed[1], cos, sin)
+    exact = [*rotated, *torch.autograd.grad(rotated, leaves, [grad.float() for grad in grads])]
     *once, scales = _norm_rotate_once(query, key, (weights[0], 1e-6), (weights[1], 1e-6), rope)
     once += norm_rotate_backward(grads[0], grads[1], query, key, scales, weights[0], weights[1], rope)
     return max(
