@@ -276,13 +276,24 @@ def test_what_a_metric_of_ones_own_raises_is_counted_and_shown(root):
         "metric mine.py:near failed for 2 of 4 answers, which count as 0; the first: t:2: could not convert string to float: "
         "'five'"
     )
+
+
+def test_a_metric_that_cannot_judge_the_reference_itself_stops(root):
     for name, reason in [
         ("too_much", "returned 2, where a number from 0 to 1"),
         ("says_so", "returned 'right', a str, where"),
         ("needs_unit", "asks for the column 'unit', but the row has question"),
     ]:
-        with pytest.raises(DataError, match=f"it could judge 0 of 1 answer; the first: {reason}"):
+        with pytest.raises(
+            DataError, match=f"could judge 0 of 1 answer, nor the reference itself; the first: {reason}"
+        ):
             judge_answers(["a"], ["a"], load_metric(f"mine.py:{name}", root))
+
+
+def test_answers_of_a_model_that_has_learned_nothing_are_all_counted_as_failed(root):
+    judged = judge_answers(["??", "uh"], ["5", "6"], load_metric("mine.py:near", root))
+    assert judged.values.tolist() == [0, 0]
+    assert "failed for 2 of 2 answers" in judged.failure_sentence(["t:1", "t:2"])
 
 
 @pytest.mark.parametrize(

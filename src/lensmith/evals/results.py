@@ -126,7 +126,7 @@ def score_predictions(predictions: Sequence[Prediction], settings: Eval, *, eval
     """Score answers that are there already, for example those that `read_predictions` returns.
 
     Raises:
-        DataError: there are none, or the metric could judge none of them.
+        DataError: there are none, or the metric can judge nothing.
         ConfigError: eval.metric names what does not exist.
     """
     answers, references = [p.answer for p in predictions], [p.judged_by for p in predictions]

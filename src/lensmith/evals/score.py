@@ -157,7 +157,7 @@ def judge_answers(answers: Sequence[str], references: Sequence[str | Reference],
     What a metric raises is kept with the answer's number, never dropped.
 
     Raises:
-        DataError: there is nothing to score, not one answer per reference, or the metric could judge none of them.
+        DataError: there is nothing to score, not one answer per reference, or the metric can judge nothing.
         ConfigError: there is no metric of that name.
     """
     if not references or len(answers) != len(references):
@@ -174,12 +174,21 @@ def judge_answers(answers: Sequence[str], references: Sequence[str | Reference],
             values[number] = metric.value(answer, reference)
         except Exception as cause:  # noqa: BLE001  (whatever a user's function raises: told by the answer's number)
             failures.append((number, _reason(cause)))
-    if len(failures) == len(answers):
+    if len(failures) == len(answers) and not _judges_references(metric, meant[0]):
         raise DataError(
-            f"metric {metric.name}: it could judge 0 of {counted(len(answers), 'answer')}; the first: "
-            f"{failures[0][1].rstrip('.')}. Mend the metric or the rows, or choose another eval.metric."
+            f"metric {metric.name}: it could judge 0 of {counted(len(answers), 'answer')}, nor the reference itself; "
+            f"the first: {failures[0][1].rstrip('.')}. Mend the metric or the rows, or choose another eval.metric."
         )
     return Judged(metric, answers, meant, values, tuple(failures))
+
+
+def _judges_references(metric: Metric, reference: Reference) -> bool:
+    """Whether the metric works at all: a model that has learned nothing may well give answers that none can be judged of."""
+    try:
+        metric.value(reference.answers[0], reference)
+    except Exception:  # noqa: BLE001  (as in judge_answers, which has its reason)
+        return False
+    return True
 
 
 def find_metric(name: str) -> Metric:

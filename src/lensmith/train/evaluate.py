@@ -44,8 +44,7 @@ class Evaluated:
 
     def sentences(self) -> list[str]:
         """For a person: scores with intervals, and what changed question by question."""
-        told = [self.after.failure] if self.after.failure else []
-        told += find_degenerate(self.after.predictions)
+        told = [*_failures(self.after), *find_degenerate(self.after.predictions)]
         if self.before is None:
             return [f"{self.after.score} ({self.after.why})", *told]
         compared = compare_results(self.before, self.after)
@@ -61,6 +60,7 @@ class Evaluated:
         return {
             "before": None if self.before is None else _score_json(self.before),
             "after": _score_json(self.after),
+            "comparison": None if self.before is None else asdict(compare_results(self.before, self.after)),
             "predictions": None if self.predictions is None else str(self.predictions),
         }
 
@@ -79,7 +79,8 @@ class Compared:
     def to_json(self) -> dict[str, Any]:
         """What `lensmith train --json` ends with."""
         names = ("steps", "samples", "train_s", "samples_per_s", "loss")
-        scores = self.evaluated.to_json() if self.evaluated else {"before": None, "after": None, "predictions": None}
+        nothing: dict[str, Any] = dict.fromkeys(("before", "after", "comparison", "predictions"))
+        scores = self.evaluated.to_json() if self.evaluated else nothing
         return {"run": str(self.run), **{name: getattr(self.trained, name) for name in names}, **scores}
 
 
@@ -112,7 +113,8 @@ def train_and_compare(
         )
 
     before = _kept_answers(config, run, samples) or ask(prepared.model, "before", eval_progress)
-    say(f"Before training: {before.score}")
+    for sentence in (f"Before training: {before.score}", *_failures(before)):
+        say(sentence)
     trained = _train(
         prepared,
         say=say,
@@ -232,6 +234,11 @@ def _check_run(run: RunDir, config: RunConfig) -> None:
     run.check_free()
     if run.exists:
         run.check_same(config)
+
+
+def _failures(result: EvalResult) -> list[str]:
+    """What the metric could not judge, as a sentence where there is any."""
+    return [] if result.failure is None else [result.failure]
 
 
 def _check_metric(config: RunConfig) -> None:
