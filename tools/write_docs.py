@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lensmith.check.findings import CODES  # noqa: E402
 from lensmith.cli import app  # noqa: E402
 from lensmith.config.rules import CONTRADICTIONS, WITHOUT_EFFECT  # noqa: E402
 from lensmith.config.schema import describe_section, list_sections, list_settings  # noqa: E402
+from lensmith.evals.metrics import METRICS  # noqa: E402
 from lensmith.screens import write_default  # noqa: E402
 from lensmith.train.reward_functions import REWARDS, RewardFunction  # noqa: E402
 
@@ -34,6 +35,8 @@ LADDER_START = "<!-- ladder: written by tools/write_docs.py from benchmarks/resu
 LADDER_END = "<!-- /ladder -->"
 REWARDS_START = "<!-- rewards: written by tools/write_docs.py from src/lensmith/train/reward_functions.py -->"
 REWARDS_END = "<!-- /rewards -->"
+METRICS_START = "<!-- metrics: written by tools/write_docs.py from src/lensmith/evals/metrics.py -->"
+METRICS_END = "<!-- /metrics -->"
 FIT_START = "<!-- fit: written by tools/write_docs.py from src/lensmith/plan/coefficients.json -->"
 FIT_END = "<!-- /fit -->"
 GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
@@ -109,23 +112,33 @@ def rewards_table() -> str:
     """Every named reward, from its docstring and its signature."""
     lines = ["| Name | When it pays | Reads | Range | Parameters | Source |", "|---|---|---|---|---|---|"]
     for name, function in REWARDS.items():
-        cells = [f"`{name}`", *_told(function), _defaults(function)]
+        cells = [f"`{name}`", *_told(function, ("Reads", "Range", "Source")), _defaults(function)]
         cells[4:] = reversed(cells[4:])  # the source comes last
         lines.append("| " + " | ".join(cell.replace("|", chr(92) + "|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def _told(function: RewardFunction) -> list[str]:
-    """What the docstring says on its first line, and after `Reads:`, `Range:` and `Source:`.
+def metrics_table() -> str:
+    """Every named metric, from the docstring of its judge."""
+    lines = ["| `eval.metric` | The value of an answer | Range | For | Source |", "|---|---|---|---|---|"]
+    for name, metric in METRICS.items():
+        cells = [f"`{name}`", *_told(metric.judge, ("Range", "For", "Source"))]
+        lines.append("| " + " | ".join(cell.replace("|", chr(92) + "|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _told(function: Callable[..., float], parts: Sequence[str]) -> list[str]:
+    """What the docstring says on its first line, and after each of `parts`, which stand in this order.
 
     Raises:
-        ValueError: one of the four is missing.
+        ValueError: one of them is missing.
     """
     doc = inspect.getdoc(function) or ""
-    found = re.search(r"(.*?)\n\n.*?Reads: (.*?)\nRange: (.*?)\nSource: (.*)", doc, re.DOTALL)
+    pattern = r"(.*?)\n\n.*?" + r"\n".join(rf"{part}: (.*?)" for part in parts) + r"\Z"
+    found = re.search(pattern, doc, re.DOTALL)
     if found is None:
         raise ValueError(
-            f"{function.__qualname__} must say in its docstring what it Reads:, its Range: and its Source:"
+            f"{function.__qualname__} must say in its docstring: {', '.join(f'{part}:' for part in parts)}"
         )
     return [" ".join(text.split()).rstrip(".") for text in found.groups()]
 
@@ -178,6 +191,7 @@ def pages() -> dict[Path, str]:
         docs / "check.md": fill(docs / "check.md", CODES_START, codes_table(), CODES_END),
         docs / "plan.md": fill(docs / "plan.md", FIT_START, fit_table(), FIT_END),
         docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
+        docs / "evaluation.md": fill(docs / "evaluation.md", METRICS_START, metrics_table(), METRICS_END),
         docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),
     }

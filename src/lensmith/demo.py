@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from lensmith.config.tree import Data, Eval, Memory, Optim, Packing, RunConfig, Save, Tune
 from lensmith.evals.page import Example, Gallery, Line, draw_loss_curve, render_page
-from lensmith.evals.predict import EvalResult, compare_results
 from lensmith.evals.predict import Progress as EvalProgress
+from lensmith.evals.results import EvalResult, compare_results
 from lensmith.evals.score import Score
 from lensmith.rundir import RunDir
 from lensmith.train.evaluate import Compared, train_and_compare
@@ -201,10 +201,12 @@ def _examples(test: Path, before: EvalResult, after: EvalResult) -> list[Example
             reference=then.reference,
             before=then.answer,
             after=now.answer,
-            right_before=before.is_right(then),
-            right_after=after.is_right(now),
+            right_before=was_right == 1,
+            right_after=is_right == 1,
         )
-        for then, now in zip(before.predictions, after.predictions, strict=True)
+        for then, now, was_right, is_right in zip(
+            before.predictions, after.predictions, before.values, after.values, strict=True
+        )
     ]
 
 

@@ -25,7 +25,7 @@ from lensmith.demo_sums import write_sums
 from lensmith.evals.page import Example, Gallery, Line, draw_reward_curve, render_page
 from lensmith.evals.predict import Prediction, answer_samples, write_predictions
 from lensmith.evals.predict import Progress as EvalProgress
-from lensmith.evals.score import Comparison, Score, compare_answers, judge_answers, score_answers
+from lensmith.evals.score import Comparison, Score, compare_answers, exact_match, score_answers
 from lensmith.train.grpo import train_grpo
 from lensmith.train.prepare import Prepared, prepare_run
 from lensmith.train.rewards import RewardBatch, load_rewards
@@ -80,7 +80,7 @@ class Judged:
     @property
     def right(self) -> list[bool]:
         """Answers that are the reference from the first character to the last."""
-        return judge_answers(self.answers, self.references, "exact")
+        return [exact_match(said, meant) for said, meant in zip(self.answers, self.references, strict=True)]
 
     def accuracy(self, chosen: Sequence[int] | None = None) -> Score:
         """Share of right answers, of all questions or some."""

@@ -89,5 +89,9 @@ class RewardError(LensmithError):
     """A reward cannot judge a completion: it raised, answered with something else than numbers, or lacks a column."""
 
 
+class MetricError(LensmithError):
+    """A metric cannot judge an answer: it raised, answered with something else than a number from 0 to 1, or lacks a column."""
+
+
 class Interrupted(RunError):
     """Ctrl-C: what was done so far is saved, and the message says how to go on."""

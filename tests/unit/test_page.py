@@ -10,7 +10,7 @@ from lensmith.evals.page import Example, Gallery, Line, _example, draw_loss_curv
 from lensmith.evals.score import Comparison, Score
 
 BEFORE, AFTER = Score("normalised", 0.4, 0.37, 0.43, 1000), Score("normalised", 0.97, 0.958, 0.979, 1000)
-COMPARISON = Comparison(wins=580, losses=10, ties=410, p_value=1e-150)
+COMPARISON = Comparison(wins=580, losses=10, ties=410, p_value=1e-150, difference=0.57, low=0.54, high=0.6)
 
 
 @pytest.fixture

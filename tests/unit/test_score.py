@@ -136,11 +136,8 @@ def test_metric_is_guessed_from_the_answers_and_says_why():
         "normalised",
         "metric normalised: short answers (half have 1 or fewer words), compared without case, punctuation and articles",
     )
-    name, sentence = guess_metric(['{"total": 3}', '{"total": 5}', "7"])
+    name, sentence = guess_metric(["<b>7</b>", "x = 1\ny = 2", "7"])
     assert name == "exact"
     assert "2 of 3 answers are code, markup or several lines" in sentence
-    name, sentence = guess_metric(["the dog runs over a green field towards the tree"])
-    assert name == "normalised"
-    assert "10 words or more" in sentence
     with pytest.raises(DataError, match="0 references"):
         guess_metric([])

@@ -253,6 +253,9 @@ def resolve_paths(
                 {**source.model_dump(), "path": resolve(source.path, (*key, index))}
                 for index, source in enumerate(value)
             ]
+    if ".py:" in config.eval.metric:
+        file, _, function = config.eval.metric.rpartition(":")
+        changed["eval.metric"] = f"{resolve(file, _key('eval.metric'))}:{function}"
     tree = config.model_dump()
     for path, value in changed.items():
         _put(tree, path.split("."), value)

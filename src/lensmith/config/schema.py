@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lensmith.config.tree import RunConfig
+from lensmith.config.tree import OwnFunction, RunConfig
 
 BOUNDS: Mapping[type, tuple[str, str]] = {
     Gt: ("gt", "above"),
@@ -38,6 +38,7 @@ PLAIN_WORDS: Mapping[Any, str] = {
     Path: "a path",
     type(None): "null",
     dict[str, Any]: "a mapping",
+    OwnFunction: "a function as file.py:name",
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 State = Literal["frozen", "adapted", "trained"]
@@ -16,6 +16,12 @@ State = Literal["frozen", "adapted", "trained"]
 PACK_TOKENS = {"cuda": 8192, "cpu": 2048}
 """pack.tokens where it is left open. On a GPU large matrix products; on a CPU what stays near its cache."""
 BoxConvention = Literal["xyxy_1000", "xyxy_px", "xywh_px", "cxcywh_unit", "xyxy_unit", "resized_px"]
+MetricName = Literal[
+    "auto", "exact", "normalised", "boxed", "choice", "anls", "relaxed", "vqa_soft", "token_f1", "cer", "wer", "iou",
+    "iou@0.5", "iou@0.75", "map", "point", "json_f1", "json_schema", "format",
+]  # fmt: skip
+OwnFunction = Annotated[str, StringConstraints(pattern=r"^.+\.py:\w+$")]
+"""A function of a user's own."""
 SidePx = Annotated[int, Field(ge=1)]
 
 
@@ -254,9 +260,9 @@ class Rollouts(Section):
 
 
 class Eval(Section):
-    metric: Literal["auto", "exact", "normalised", "boxed"] = "auto"
-    """Equal texts; equal after VQA normalisation (case, punctuation, articles); or the last \\boxed{} means the answer. auto:
-    boxed with the reward math_boxed, else guessed from the answers, and said."""
+    metric: MetricName | OwnFunction = "auto"
+    """How answers are judged: docs/evaluation.md has the table. auto: boxed with the reward math_boxed, else guessed from the
+    answers, and said. One's own: my_metrics.py:price_match."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Answers the held-out questions every so many steps. Null: only before and after."""
     samples: Annotated[int, Field(ge=1)] | None = 500

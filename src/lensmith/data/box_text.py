@@ -32,6 +32,9 @@ KEYS: dict[str, Kind] = {
 """Keys whose numbers are boxes or points; the first of each is what Qwen3-VL writes."""
 NUM_NUMBERS: dict[Kind, int] = {"box": 4, "point": 2}
 IMAGE_KEYS = ("image_index", "image")
+LABEL_KEYS = ("label", "category", "class", "name")
+"""Keys of what a box shows; the first is what Qwen3-VL writes."""
+CONFIDENCE_KEYS = ("confidence", "score")
 
 LARGEST = 1e9
 """Larger numbers are no coordinates; they would overflow on the way."""
@@ -47,6 +50,10 @@ MARKED = re.compile(rf"<\|box_start\|>\s*(?P<pairs>{_PAIR}(?:\s*,\s*{_PAIR})?)\s
 BARE = re.compile(rf"\s*(?:```(?:json)?\s*)?(?P<lists>{_LISTS})\s*(?:```)?\s*")
 INNERMOST = re.compile(_LIST)
 IMAGE_INDEX = re.compile(rf"[\"'](?:{'|'.join(IMAGE_KEYS)})[\"']\s*:\s*(\d+)\s*[,}}]")
+LABEL = re.compile(
+    rf"[\"'](?:{'|'.join(LABEL_KEYS)})[\"']\s*:\s*(?P<quote>[\"'])(?P<label>(?:\\.|(?!(?P=quote)).)*+)(?P=quote)"
+)
+CONFIDENCE = re.compile(rf"[\"'](?:{'|'.join(CONFIDENCE_KEYS)})[\"']\s*:\s*({NUMBER.pattern})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,18 @@ def read_image_index(text: str, span: BoxSpan) -> int | None:
     start, stop = _object_around(text, span)
     match = IMAGE_INDEX.search(text, start, stop)
     return int(match[1]) if match else None
+
+
+def read_label(text: str, span: BoxSpan) -> str:
+    """What the object around a box says that it shows; empty where it says nothing."""
+    match = LABEL.search(text, *_object_around(text, span))
+    return match["label"] if match else ""
+
+
+def read_confidence(text: str, span: BoxSpan) -> float | None:
+    """How sure the object around a box says that it is; None where it says nothing."""
+    match = CONFIDENCE.search(text, *_object_around(text, span))
+    return float(match[1]) if match else None
 
 
 def is_coordinate(value: Any) -> bool:

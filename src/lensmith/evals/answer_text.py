@@ -14,9 +14,15 @@ Read = Literal["final", "boxed", "text"]
 """`final`: behind the thought, between <answer> tags where there are some. `boxed`: the last \\boxed{} behind the thought.
 `text`: all of the completion."""
 
+Shape = Literal["think_answer", "answer", "boxed"]
+
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # Possessive white space and one alternative per character: no text makes the search go back and forth.
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*+\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
+_THINK_ANSWER = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*<answer>(?P<said>.*?)</answer>\s*", re.DOTALL)
+_ONLY_ANSWER = re.compile(r"\s*<answer>(?P<said>.*?)</answer>\s*", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|answer)>")
+_BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 def read_answer(text: str, read: Read = "final") -> str | None:
@@ -36,6 +42,18 @@ def final_answer(text: str) -> str:
     said = after_thought(text)
     tagged = ANSWER.findall(said)
     return (tagged[-1] if tagged else said).strip()
+
+
+def has_shape(text: str, shape: Shape) -> bool:
+    """Whether a whole completion has the shape: thought and answer in their tags, the answer alone in its, or one \\boxed{}.
+
+    Tags as in DeepSeek-R1, arXiv:2501.12948, 2.2.2.
+    """
+    if shape == "boxed":
+        said = after_thought(text)
+        return len(_BOX_OPENING.findall(said)) == 1 and bool(extract_boxed(said))
+    match = (_THINK_ANSWER if shape == "think_answer" else _ONLY_ANSWER).fullmatch(text)
+    return match is not None and bool(match["said"].strip()) and not any(map(_TAG.search, match.groups()))
 
 
 def extract_boxed(text: str) -> str | None:

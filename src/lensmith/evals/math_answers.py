@@ -1,7 +1,7 @@
 """Whether two short answers are the same number, formula or word.
 
     the same text ──> prose: the same words ──> the same number ──> the same formula, by math-verify
-                      (`score.normalise`)       (exact fractions)   (seconds at most)
+                      (`normalise`)             (exact fractions)   (seconds at most)
 
 math-verify parses LaTeX into sympy and compares there, in a process of its own (`math_process`), so that a tower of powers is
 wrong within seconds, in whatever thread it is asked.
@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 from lensmith.evals.answer_text import extract_boxed
 from lensmith.evals.math_process import math_process
-from lensmith.evals.score import normalise
+from lensmith.evals.normalise import normalise
 
 MOST_CHARACTERS = 300
 """Longer texts are prose or a derivation, not an answer, and are compared as text."""

@@ -6,12 +6,10 @@ prompts and the same rules for transformers' own `generate`, which is what the a
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,13 +23,35 @@ from lensmith.data.encode import Encoder
 from lensmith.data.images import grid_of, read_patches
 from lensmith.errors import DataError
 from lensmith.evals.answer import answer_prompts
-from lensmith.evals.score import MATCHERS, Comparison, Metric, Score, compare_answers, guess_metric, score_answers
+from lensmith.evals.results import (
+    EvalResult,
+    Prediction,
+    compare_results,
+    predict,
+    read_predictions,
+    score_predictions,
+    write_predictions,
+)
 from lensmith.model.engine import find_engine
 from lensmith.types import Encoded, ImageMark, ImageRef, ImageSize, Message, Moment, Sample, Text, VisionGeometry
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from transformers import GenerationConfig
+
+__all__ = [
+    "EvalResult",
+    "Prediction",
+    "answer_samples",
+    "answering",
+    "ask_model",
+    "compare_results",
+    "draw_samples",
+    "evaluate_model",
+    "read_predictions",
+    "score_predictions",
+    "write_predictions",
+]
 
 T = TypeVar("T")
 
@@ -42,55 +62,6 @@ MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image
 """Tokens that stand for pictures and their frame: an answer never contains them."""
 ASK_TOKENS = 512
 """Longest answer of `ask_model`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One question and what the model answered; one line of predictions-*.jsonl."""
-
-    where: str
-    question: str
-    reference: str
-    """The answer in the data; empty where there is none."""
-    answer: str
-    """Without special tokens and with boxes as the data writes them, otherwise as generated."""
-    tokens: int
-    """Generated, without the end mark."""
-    stopped: bool
-    """Whether the model ended its answer itself; False where max_new_tokens cut it off."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """Scores of one model on one set of questions, and every answer behind them."""
-
-    metric: Metric
-    why: str
-    """A sentence: how the metric was chosen."""
-    exact: Score
-    normalised: Score
-    predictions: tuple[Prediction, ...]
-    eval_s: float
-
-    @property
-    def score(self) -> Score:
-        """The score by the chosen metric."""
-        known = {"exact": self.exact, "normalised": self.normalised}.get(self.metric)
-        return self.score_of(range(len(self.predictions))) if known is None else known
-
-    def is_right(self, prediction: Prediction) -> bool:
-        """Whether one answer counts, by the chosen metric."""
-        return MATCHERS[self.metric](prediction.answer, prediction.reference)
-
-    def score_of(self, chosen: Sequence[int]) -> Score:
-        """The score of some of the questions only, by the chosen metric."""
-        picked = [self.predictions[index] for index in chosen]
-        return score_answers([p.answer for p in picked], [p.reference for p in picked], self.metric)
-
-    @property
-    def cut_off(self) -> int:
-        """Answers that max_new_tokens cut off."""
-        return sum(not prediction.stopped for prediction in self.predictions)
 
 
 def evaluate_model(
@@ -133,26 +104,6 @@ def evaluate_model(
     return score_predictions(predictions, settings, eval_s=eval_s)
 
 
-def score_predictions(predictions: Sequence[Prediction], settings: Eval, *, eval_s: float = 0.0) -> EvalResult:
-    """Score answers that are there already, for example those that `read_predictions` returns.
-
-    Raises:
-        DataError: there are none.
-    """
-    answers, references = [p.answer for p in predictions], [p.reference for p in predictions]
-    metric, why = guess_metric(references)
-    if settings.metric != "auto":
-        metric, why = settings.metric, f"metric {settings.metric}: set by eval.metric"
-    exact, normalised = score_answers(answers, references, "exact"), score_answers(answers, references, "normalised")
-    return EvalResult(metric, why, exact, normalised, tuple(predictions), eval_s)
-
-
-def compare_results(before: EvalResult, after: EvalResult) -> Comparison:
-    """Wins and losses of `after` over `before`, question by question, by the metric of `before`."""
-    then, now = ([prediction.answer for prediction in result.predictions] for result in (before, after))
-    return compare_answers(then, now, [prediction.reference for prediction in before.predictions], before.metric)
-
-
 def draw_samples(samples: Sequence[T], count: int | None, seed: int) -> list[T]:
     """At most `count` samples (or their numbers) drawn by the seed, in their own order; all with None."""
     if count is None or count >= len(samples):
@@ -191,8 +142,8 @@ def answer_samples(
     asked = zip(texts, samples, prompts, strict=True)
     texts = [restore_answer(text, sample, prompt.images) for text, sample, prompt in asked]
     return [
-        Prediction(sample.where, sample.question, sample.answer, text, len(answer.ids), answer.stopped)
-        for sample, text, answer in zip(samples, texts, answers, strict=True)
+        predict(sample, prompt, text, len(answer.ids), answer.stopped)
+        for sample, prompt, text, answer in zip(samples, prompts, texts, answers, strict=True)
     ]
 
 
@@ -306,15 +257,3 @@ def picture_inputs(images: Sequence[ImageSize], geometry: VisionGeometry) -> dic
             inputs[pixels] = torch.cat([patches[image.ref.key, image.seen_px] for image in chosen])
             inputs[grids] = torch.tensor([grid_of(image, geometry) for image in chosen])
     return inputs
-
-
-def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """One JSON object per line, in the order of the samples; `read_predictions` reads it back."""
-    lines = (json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """What `write_predictions` wrote."""
-    with path.open(encoding="utf-8") as lines:  # not splitlines(): an answer may hold other kinds of line ends
-        return [Prediction(**json.loads(line)) for line in lines]

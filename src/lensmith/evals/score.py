@@ -1,105 +1,87 @@
-"""Scores of short answers with their uncertainty, pure: no model, no torch, no drawing of random numbers.
+"""Scores of answers with their uncertainty, and comparisons of two models over the same questions; pure, no model, no torch.
 
-An answer is right or wrong, so a score is a proportion, its interval is Wilson's and two models that answered the same
-questions are compared by McNemar's exact test. The intervals take the questions as independent; several questions about
-one picture are a little less than that, so read them as slightly narrow.
+    answers ──> one value each, by a metric ──> Score: mean with its 95 % interval
+    two of them over the same questions     ──> Comparison: better, worse, by how much, and whether chance explains it
+
+Where every value is 0 or 1 the score is a proportion: Wilson's interval, McNemar's exact test, Newcombe's interval of the
+difference. Else they are bootstrapped and their signs flipped (`intervals.py`). A corpus metric (`map`) is computed anew from
+resampled and from swapped questions.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import statistics
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from lensmith.errors import DataError
-from lensmith.evals.answer_text import extract_boxed
+import numpy as np
 
-Metric = Literal["exact", "normalised", "boxed"]
+from lensmith.config.suggest import suggest_choice
+from lensmith.errors import ConfigError, DataError, LensmithError
+from lensmith.evals.guess import guess_metric
+from lensmith.evals.intervals import (
+    TIE,
+    bootstrap_interval,
+    mcnemar_p_value,
+    newcombe_interval,
+    sign_flip_p_value,
+    statistic_interval,
+    wilson_interval,
+)
+from lensmith.evals.metrics import METRICS, Corpus, Metric, Reference
+from lensmith.evals.normalise import exact_match, normalise, normalised_match
+from lensmith.types import counted
 
-CONFIDENCE = 0.95
-LONG_ANSWER_WORDS = 8
-"""From here on a reference is prose, which no matching metric judges well; `guess_metric` says so."""
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
-# The lists of the VQA evaluation, https://visualqa.org/evaluation.html (Antol et al., arXiv:1505.00468).
-ARTICLES = frozenset({"a", "an", "the"})
-_ZERO_TO_TEN = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-NUMBER_WORDS: dict[str, str] = {word: str(number) for number, word in enumerate(_ZERO_TO_TEN)} | {"none": "0"}
+__all__ = [
+    "Comparison",
+    "Judged",
+    "Score",
+    "compare_answers",
+    "compare_judged",
+    "exact_match",
+    "guess_metric",
+    "judge_answers",
+    "mcnemar_p_value",
+    "normalise",
+    "normalised_match",
+    "score_answers",
+    "score_judged",
+    "wilson_interval",
+]
 
-_APOSTROPHES = str.maketrans("", "", "'’`")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_NUMBER = re.compile(r"(?<!\w)-?\.?\d+(?:[.,:/-]\d+)*")
-_MARKUP_START = ("{", "[", "<", "\\", "```")
-
-
-def exact_match(answer: str, reference: str) -> bool:
-    """Whether the two are the same text; only white space at the ends is ignored."""
-    return answer.strip() == reference.strip()
-
-
-def normalised_match(answer: str, reference: str) -> bool:
-    """Whether the two say the same once `normalise` took case, punctuation, articles and number words away."""
-    return normalise(answer) == normalise(reference)
-
-
-def normalise(text: str) -> str:
-    """The text as the VQA evaluation compares it: `"The two dogs."` -> `2 dogs`.
-
-    Follows https://visualqa.org/evaluation.html: lower case, no punctuation, no articles, zero to ten (and none) as
-    digits, apostrophes dropped. It departs from that script where the script makes different answers equal: signs,
-    decimal points, ratios, dates and times inside numbers stay (`-5`, `0.5`, `1/2`, `10:30`); so do symbols that are
-    not punctuation (`+`, `<`, `$`); and a text of articles or punctuation alone is kept, so that the choice `A` is not
-    the same as no answer.
-    """
-    text = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
-    text = _THOUSANDS.sub("", text.translate(_APOSTROPHES))
-    words = _without_punctuation(text).split()
-    kept = [NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES]
-    return " ".join(kept or words or text.split())
-
-
-def _without_punctuation(text: str) -> str:
-    """Punctuation becomes a space, except inside numbers."""
-    pieces, end = [], 0
-    for number in _NUMBER.finditer(text):
-        pieces += [_spaced(text[end : number.start()]), number.group()]
-        end = number.end()
-    return "".join([*pieces, _spaced(text[end:])])
-
-
-def _spaced(text: str) -> str:
-    # The percent sign is punctuation to Unicode but a unit to a reader: 5% is not 5.
-    return "".join(c if c == "%" or not unicodedata.category(c).startswith("P") else " " for c in text)
-
-
-def boxed_match(answer: str, reference: str) -> bool:
-    """Whether the last \\boxed{} of the answer means the reference; an answer without one is wrong."""
-    from lensmith.evals.math_answers import math_equal  # which compares words by this module's normalise
-
-    boxed = extract_boxed(answer)
-    return boxed is not None and math_equal(boxed, reference)
-
-
-MATCHERS = {"exact": exact_match, "normalised": normalised_match, "boxed": boxed_match}
+CORPUS_RESAMPLES = 300
+"""Of a corpus metric, each through the whole data set again; the ends of its interval move by about 6 % of its width."""
+MCNEMAR, SIGN_FLIPS = "McNemar's exact test", "paired randomisation test"
+SEED = 0
+"""Of resamples: the same answers give the same interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A share of right answers with its 95 % interval."""
+    """A mean over questions with its 95 % interval."""
 
-    metric: Metric
+    metric: str
     value: float
-    """Right answers / questions, 0 to 1."""
+    """Of right-or-wrong metrics right answers / questions; 0 to 1."""
     low: float
     high: float
     n: int
     """Questions."""
+    lower_is_better: bool = False
+    """Of error rates."""
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%}, n={self.n:,})"
+        told = ", lower is better" if self.lower_is_better else ""
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%}, n={self.n:,}{told})"
+
+    def is_better_than(self, other: Score) -> bool:
+        """Whether the value is the better one, whichever direction that is; equal ones are not."""
+        return self.value < other.value if self.lower_is_better else self.value > other.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,112 +89,235 @@ class Comparison:
     """The same questions answered twice."""
 
     wins: int
-    """Wrong before, right after."""
+    """Wrong before, right after; of graded metrics better after, by more than `intervals.TIE`."""
     losses: int
-    """Right before, wrong after."""
+    """Right before, wrong after, or worse after."""
     ties: int
     p_value: float
-    """Chance of wins and losses at least this uneven if both were equally good."""
+    """Chance of a difference at least this large if both were equally good."""
+    difference: float
+    """Score after - score before; negative is better where lower is better."""
+    low: float
+    """Of its 95 % interval."""
+    high: float
+    metric: str = "normalised"
+    test: str = MCNEMAR
+    lower_is_better: bool = False
 
     @property
     def sentence(self) -> str:
         """What changed, in words."""
         chance = "< 0.0001" if self.p_value < 1e-4 else f"= {self.p_value:.2g}"
+        questions = self.wins + self.losses + self.ties
+        if self.test == MCNEMAR:
+            changed = f"{self.wins:,} wrong answers became right and {self.losses:,} right ones became wrong"
+        else:
+            direction = ", of which less is better" if self.lower_is_better else ""
+            changed = f"{self.wins:,} answers became better and {self.losses:,} worse by {self.metric}{direction}"
+        return f"Of {questions:,} questions, {changed} (p {chance}, {self.test})."
+
+    @property
+    def difference_sentence(self) -> str:
+        """By how much, with its interval, in words."""
+        points = (f"{100 * number:+.1f}" for number in (self.difference, self.low, self.high))
+        return "The score changed by {} points (95 % interval {} to {}).".format(*points)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers with one value each."""
+
+    metric: Metric
+    answers: Sequence[str]
+    references: Sequence[Reference]
+    values: Float[np.ndarray, " answers"]
+    """0 to 1. An answer that the metric could not judge has the worst of them."""
+    failures: tuple[tuple[int, str], ...] = ()
+    """Which answers those are, and what went wrong."""
+
+    @cached_property
+    def corpus(self) -> Corpus | None:
+        """What a corpus metric knows about these answers; None for the mean of the values."""
+        return None if self.metric.corpus is None else self.metric.corpus(self.answers, self.references)
+
+    def failure_sentence(self, wheres: Sequence[str]) -> str | None:
+        """How many answers could not be judged, and the first of them; None where all could."""
+        if not self.failures:
+            return None
+        number, reason = self.failures[0]
         return (
-            f"Of {self.wins + self.losses + self.ties:,} questions, {self.wins:,} wrong answers became right and "
-            f"{self.losses:,} right ones became wrong (p {chance}, McNemar's exact test)."
+            f"metric {self.metric.name} failed for {len(self.failures):,} of {counted(len(self.values), 'answer')}, which "
+            f"count as {float(self.metric.lower_is_better):g}; the first: {wheres[number]}: {reason}"
         )
 
 
-def score_answers(answers: Sequence[str], references: Sequence[str], metric: Metric) -> Score:
-    """Share of answers that match their reference, with a 95 % interval.
+def judge_answers(answers: Sequence[str], references: Sequence[str | Reference], metric: str | Metric) -> Judged:
+    """One value per answer.
+
+    What a metric raises is kept with the answer's number, never dropped.
 
     Raises:
-        DataError: there is nothing to score, or not one answer per reference.
-    """
-    right = judge_answers(answers, references, metric)
-    low, high = wilson_interval(sum(right), len(right))
-    return Score(metric, sum(right) / len(right), low, high, len(right))
-
-
-def judge_answers(answers: Sequence[str], references: Sequence[str], metric: Metric) -> list[bool]:
-    """Right or wrong, answer by answer.
-
-    Raises:
-        DataError: there is nothing to score, or not one answer per reference.
+        DataError: there is nothing to score, not one answer per reference, or the metric can judge nothing.
+        ConfigError: there is no metric of that name.
     """
     if not references or len(answers) != len(references):
         raise DataError(
             f"scoring: {len(answers)} answers for {len(references)} references. "
             "Each question needs one of each: check that data.test names rows with answers."
         )
-    return [MATCHERS[metric](answer, reference) for answer, reference in zip(answers, references, strict=True)]
+    metric = find_metric(metric) if isinstance(metric, str) else metric
+    meant = [Reference((one,)) if isinstance(one, str) else one for one in references]
+    values = np.full(len(answers), float(metric.lower_is_better))
+    failures: list[tuple[int, str]] = []
+    for number, (answer, reference) in enumerate(zip(answers, meant, strict=True)):
+        try:
+            values[number] = metric.value(answer, reference)
+        except Exception as cause:  # noqa: BLE001  (whatever a user's function raises: told by the answer's number)
+            failures.append((number, _reason(cause)))
+    if len(failures) == len(answers) and not _judges_references(metric, meant[0]):
+        raise DataError(
+            f"metric {metric.name}: it could judge 0 of {counted(len(answers), 'answer')}, nor the reference itself; "
+            f"the first: {failures[0][1].rstrip('.')}. Mend the metric or the rows, or choose another eval.metric."
+        )
+    return Judged(metric, answers, meant, values, tuple(failures))
 
 
-def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a proportion: stays inside 0 to 1 and holds near both ends.
+def _judges_references(metric: Metric, reference: Reference) -> bool:
+    """Whether the metric works at all: a model that has learned nothing may well give answers that none can be judged of."""
+    try:
+        metric.value(reference.answers[0], reference)
+    except Exception:  # noqa: BLE001  (as in judge_answers, which has its reason)
+        return False
+    return True
 
-    Wilson 1927, J. Am. Stat. Assoc. 22; recommended over the textbook interval by Brown, Cai and DasGupta 2001.
+
+def find_metric(name: str) -> Metric:
+    """The metric of that name; those of a user's own files come from `own_metrics.load_metric`.
+
+    Raises:
+        ConfigError: there is none, or what it needs is not installed.
     """
-    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = right / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # At both ends the formula is exact in algebra only; rounding leaves 1e-17 on either side.
-    return 0.0 if right == 0 else (centre - spread) / scale, 1.0 if right == n else (centre + spread) / scale
+    if name not in METRICS:
+        near = suggest_choice(name, tuple(METRICS))
+        raise ConfigError(f"eval.metric: there is no metric {name!r} among {', '.join(METRICS)}. {near}".strip())
+    metric = METRICS[name]
+    if metric.needs is not None and find_spec(metric.needs) is None:
+        raise ConfigError(
+            f"eval.metric={name} needs {metric.needs}, which is not installed. Install it with: pip install "
+            f"'lensmith[{name}]', or choose another metric."
+        )
+    return metric
+
+
+def score_answers(answers: Sequence[str], references: Sequence[str | Reference], metric: str | Metric) -> Score:
+    """The mean value of the answers, with a 95 % interval.
+
+    Raises:
+        DataError, ConfigError: as `judge_answers`.
+    """
+    return score_judged(judge_answers(answers, references, metric))
+
+
+def score_judged(judged: Judged, chosen: Sequence[int] | None = None) -> Score:
+    """The score of all answers, or of some of them by number.
+
+    Raises:
+        DataError: none are chosen.
+    """
+    rows = np.arange(len(judged.values)) if chosen is None else np.asarray(chosen, dtype=np.int64)
+    if not len(rows):
+        raise DataError("scoring: 0 answers are chosen, and a score needs at least 1. Choose some questions.")
+    if judged.corpus is None:
+        value, low, high = _mean_score(judged.values[rows])
+    else:
+        value, (low, high) = _corpus_score(judged, rows)
+    return Score(judged.metric.name, value, low, high, len(rows), judged.metric.lower_is_better)
+
+
+def _mean_score(values: Float[np.ndarray, " answers"]) -> tuple[float, float, float]:
+    if _is_right_or_wrong(values):
+        right = int(values.sum())
+        return right / len(values), *wilson_interval(right, len(values))
+    return float(values.mean()), *bootstrap_interval(values, seed=SEED)
+
+
+def _corpus_score(judged: Judged, rows: Int[np.ndarray, " answers"]) -> tuple[float, tuple[float, float]]:
+    assert judged.corpus is not None
+    value = judged.corpus.value(rows)
+    if np.isnan(value):  # a group without a single reference
+        return 0.0, (0.0, 1.0)
+    corpus = judged.corpus
+    interval = statistic_interval(
+        lambda drawn: corpus.value(rows[drawn]), len(rows), resamples=CORPUS_RESAMPLES, seed=SEED
+    )
+    return value, interval
 
 
 def compare_answers(
-    before: Sequence[str], after: Sequence[str], references: Sequence[str], metric: Metric
+    before: Sequence[str], after: Sequence[str], references: Sequence[str | Reference], metric: str | Metric
 ) -> Comparison:
     """The same questions before and after training, pair by pair.
 
     Raises:
-        DataError: there is nothing to compare, or not two answers per reference.
+        DataError, ConfigError: as `judge_answers`.
     """
-    pairs = list(zip(judge_answers(before, references, metric), judge_answers(after, references, metric), strict=True))
-    wins, losses = pairs.count((False, True)), pairs.count((True, False))
-    return Comparison(wins, losses, len(pairs) - wins - losses, mcnemar_p_value(wins, losses))
+    return compare_judged(judge_answers(before, references, metric), judge_answers(after, references, metric))
 
 
-def mcnemar_p_value(wins: int, losses: int) -> float:
-    """Two-sided exact p-value of McNemar's test (Psychometrika 12, 1947): ties say nothing, the rest is a fair coin.
-
-    Exact integers throughout; underflows to 0.0 below 1e-308.
-    """
-    n = wins + losses
-    tail, term = 0, 1
-    for k in range(min(wins, losses) + 1):
-        tail += term
-        term = term * (n - k) // (k + 1)  # the next binomial coefficient; the division leaves no rest
-    return min(1.0, 2 * tail / 2**n)
-
-
-def guess_metric(references: Sequence[str]) -> tuple[Metric, str]:
-    """The metric that suits these reference answers, and the sentence that says why.
+def compare_judged(before: Judged, after: Judged) -> Comparison:
+    """The same for answers that have their values already, by one metric.
 
     Raises:
-        DataError: there are no references.
+        DataError: not two answers per question.
     """
-    if not references:
-        raise DataError("scoring: 0 references. Name rows with answers in data.test.")
-    n = len(references)
-    structured = sum(
-        reference.lstrip().startswith(_MARKUP_START) or "\n" in reference.strip() for reference in references
-    )
-    if 2 * structured > n:
-        return "exact", (
-            f"metric exact: {structured:,} of {n:,} answers are code, markup or several lines, "
-            "where case and punctuation count"
+    if len(before.values) != len(after.values):
+        raise DataError(
+            f"comparing: {len(before.values)} answers before and {len(after.values)} after. Each question needs one of each: "
+            "ask the same questions both times."
         )
-    words = statistics.median(len(reference.split()) for reference in references)
-    if words >= LONG_ANSWER_WORDS:
-        return "normalised", (
-            f"metric normalised, but half of the {n:,} answers have {words:g} words or more: "
-            "few sentences match word by word, so read the kept predictions too"
-        )
-    return "normalised", (
-        f"metric normalised: short answers (half have {words:g} or fewer words), compared without "
-        "case, punctuation and articles"
-    )
+    changes = after.values - before.values
+    better = -changes if after.metric.lower_is_better else changes
+    wins, losses = int((better > TIE).sum()), int((better < -TIE).sum())
+    if before.corpus is not None:
+        test, p_value, difference, low, high = _compare_corpora(before, after)
+    elif _is_right_or_wrong(before.values) and _is_right_or_wrong(after.values):
+        test, p_value = MCNEMAR, mcnemar_p_value(wins, losses)
+        both = int((before.values * after.values).sum())
+        gained, lost = int((changes > TIE).sum()), int((changes < -TIE).sum())
+        low, high = newcombe_interval(both, gained, lost, len(changes) - both - gained - lost)
+        difference = float(changes.mean())
+    else:
+        test, p_value = SIGN_FLIPS, sign_flip_p_value(changes, seed=SEED)
+        low, high = bootstrap_interval(changes, seed=SEED)
+        difference = float(changes.mean())
+    ties = len(changes) - wins - losses
+    direction = after.metric.lower_is_better
+    return Comparison(wins, losses, ties, p_value, difference, low, high, after.metric.name, test, direction)
+
+
+def _compare_corpora(before: Judged, after: Judged) -> tuple[str, float, float, float, float]:
+    """Test, p-value, difference and its interval of a corpus metric: pairs are drawn, and swapped, together."""
+    assert before.metric.corpus is not None
+    n = len(before.values)
+    corpus = before.metric.corpus([*before.answers, *after.answers], [*before.references, *after.references])
+    rows = np.arange(n)
+    difference = corpus.value(n + rows) - corpus.value(rows)
+
+    def change(drawn: Int[np.ndarray, " answers"]) -> float:
+        return corpus.value(n + drawn) - corpus.value(drawn)
+
+    low, high = statistic_interval(change, n, resamples=CORPUS_RESAMPLES, seed=SEED)
+    generator = np.random.default_rng(SEED)
+    reached = 0
+    for _ in range(CORPUS_RESAMPLES):
+        swapped = n * generator.integers(0, 2, size=n)
+        reached += abs(corpus.value(n - swapped + rows) - corpus.value(swapped + rows)) >= abs(difference) - TIE
+    return SIGN_FLIPS, (1 + reached) / (1 + CORPUS_RESAMPLES), difference, low, high
+
+
+def _is_right_or_wrong(values: Float[np.ndarray, " answers"]) -> bool:
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def _reason(cause: Exception) -> str:
+    return str(cause) if isinstance(cause, LensmithError | ValueError) else f"{type(cause).__name__}: {cause}"

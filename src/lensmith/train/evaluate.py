@@ -16,16 +16,10 @@ from lensmith.config.tree import Data, RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.data.scan import Scan
 from lensmith.errors import DataError, RunError
-from lensmith.evals.predict import (
-    EvalResult,
-    Progress,
-    ask_model,
-    compare_results,
-    draw_samples,
-    evaluate_model,
-    read_predictions,
-    score_predictions,
-)
+from lensmith.evals.degenerate import find_degenerate
+from lensmith.evals.own_metrics import load_metric
+from lensmith.evals.predict import Progress, ask_model, draw_samples, evaluate_model
+from lensmith.evals.results import EvalResult, compare_results, kept_columns, read_predictions, score_predictions
 from lensmith.model.adapters import find_tuned, load_tuned
 from lensmith.model.load import Loaded, load_model
 from lensmith.rundir import STEP_NAME, RunDir
@@ -50,19 +44,23 @@ class Evaluated:
 
     def sentences(self) -> list[str]:
         """For a person: scores with intervals, and what changed question by question."""
+        told = [*_failures(self.after), *find_degenerate(self.after.predictions)]
         if self.before is None:
-            return [f"{self.after.score} ({self.after.why})"]
+            return [f"{self.after.score} ({self.after.why})", *told]
         compared = compare_results(self.before, self.after)
         return [
             f"before training: {self.before.score}",
             f"after training:  {self.after.score} ({self.after.why})",
             compared.sentence,
+            compared.difference_sentence,
+            *told,
         ]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "before": None if self.before is None else _score_json(self.before),
             "after": _score_json(self.after),
+            "comparison": None if self.before is None else asdict(compare_results(self.before, self.after)),
             "predictions": None if self.predictions is None else str(self.predictions),
         }
 
@@ -81,7 +79,8 @@ class Compared:
     def to_json(self) -> dict[str, Any]:
         """What `lensmith train --json` ends with."""
         names = ("steps", "samples", "train_s", "samples_per_s", "loss")
-        scores = self.evaluated.to_json() if self.evaluated else {"before": None, "after": None, "predictions": None}
+        nothing: dict[str, Any] = dict.fromkeys(("before", "after", "comparison", "predictions"))
+        scores = self.evaluated.to_json() if self.evaluated else nothing
         return {"run": str(self.run), **{name: getattr(self.trained, name) for name in names}, **scores}
 
 
@@ -95,6 +94,7 @@ def train_and_compare(
     """
     say = speaker(say)
     _check_run(RunDir(config.run), config)
+    _check_metric(config)
     prepared = prepare_run(config, say)
     if prepared.held_out is None or not len(prepared.held_out.rows) or rank() != 0:
         return Compared(_train(prepared, say=say, progress=train_progress), None)
@@ -113,7 +113,8 @@ def train_and_compare(
         )
 
     before = _kept_answers(config, run, samples) or ask(prepared.model, "before", eval_progress)
-    say(f"Before training: {before.score}")
+    for sentence in (f"Before training: {before.score}", *_failures(before)):
+        say(sentence)
     trained = _train(
         prepared,
         say=say,
@@ -146,6 +147,7 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
     """
     run, tuned = find_run(subject)
     config = _subject_config(subject, data)
+    _check_metric(config)
     loaded = load_model(config)
     for sentence in loaded.sentences:
         say(sentence)
@@ -234,13 +236,26 @@ def _check_run(run: RunDir, config: RunConfig) -> None:
         run.check_same(config)
 
 
+def _failures(result: EvalResult) -> list[str]:
+    """What the metric could not judge, as a sentence where there is any."""
+    return [] if result.failure is None else [result.failure]
+
+
+def _check_metric(config: RunConfig) -> None:
+    """Before anything is loaded or trained: a metric that does not exist is known now."""
+    if config.eval.metric != "auto":
+        load_metric(config.eval.metric)
+
+
 def _kept_answers(config: RunConfig, run: RunDir, samples: list[Sample]) -> EvalResult | None:
     """The base model's answers, where an earlier start of this run asked it the same questions."""
     kept_path = run.predictions_path("before")
     if not kept_path.is_file() or run.latest_checkpoint() is None:  # else they may be answers of other settings
         return None
     kept = read_predictions(kept_path)
-    if [(p.where, p.question, p.reference) for p in kept] != [(s.where, s.question, s.answer) for s in samples]:
+    # Answers of an older version came without columns, and would be judged otherwise than those after training.
+    known = [(p.where, p.question, p.reference, set(p.columns)) for p in kept]
+    if known != [(s.where, s.question, s.answer, set(kept_columns(s.columns))) for s in samples]:
         return None
     return score_predictions(kept, config.eval)
 

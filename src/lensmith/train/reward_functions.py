@@ -10,36 +10,28 @@ Boxes are compared as the model speaks them: samples come converted, as `data.bo
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from lensmith.data.box_text import NUMBER, Kind, find_boxes
 from lensmith.errors import RewardError
-from lensmith.evals.answer_text import Read, after_thought, extract_boxed, final_answer, read_answer
+from lensmith.evals.answer_text import Read, Shape, after_thought, extract_boxed, final_answer, has_shape, read_answer
+from lensmith.evals.box_answers import read_marked, read_targets
 from lensmith.evals.box_metrics import box_iou, centre_of, contains_point, matched_iou
+from lensmith.evals.json_metrics import checked_schema, fits_schema, read_json
 from lensmith.evals.math_answers import math_equal
-from lensmith.evals.score import exact_match, normalised_match
+from lensmith.evals.normalise import exact_match, normalised_match
 from lensmith.evals.text_metrics import ANLS_THRESHOLD, RELAXED_TOLERANCE, anls, relaxed_match, repeated_share
 from lensmith.types import Sample
 
 Unit = Annotated[float, Field(ge=0, le=1)]
-Shape = Literal["think_answer", "answer", "boxed"]
 
 LARGEST_SCALE = 1000
 """Where Qwen3-VL's boxes end; a reference beyond it was not converted."""
 CACHE_SHARE = 5
 """DAPO punishes softly over the last fifth of what a completion may have: 4,096 of 20,480 tokens, arXiv:2503.14476, 4.1."""
-
-_THINK_ANSWER = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*<answer>(?P<said>.*?)</answer>\s*", re.DOTALL)
-_ONLY_ANSWER = re.compile(r"\s*<answer>(?P<said>.*?)</answer>\s*", re.DOTALL)
-_TAG = re.compile(r"</?(?:think|answer)>")
-_BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
-FENCE = "```"
-_PAIR = re.compile(rf"\s*[\[(]\s*{NUMBER.pattern}\s*,\s*{NUMBER.pattern}\s*[\])]\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +99,7 @@ def exact(completion: Completion, *, read: Read = "final", column: str | None = 
 
     Reads: the answer behind the thought; `read` says more.
     Range: 0 or 1.
-    Source: `evals/score.py`.
+    Source: `evals/normalise.py`.
     """
     return _best(completion, read, column, exact_match)
 
@@ -159,7 +151,7 @@ def iou(completion: Completion, *, threshold: Unit | None = None, column: str | 
             f"{completion.sample.where}: iou compares 1 box with 1 box, but the row has {len(references)}. "
             "Use iou_match for such rows."
         )
-    said = _marked(final_answer(completion.text), "box")
+    said = read_marked(final_answer(completion.text), "box")
     overlap = box_iou(said[0], references[0]) if len(said) == 1 else 0.0
     return overlap if threshold is None else float(overlap >= threshold)
 
@@ -171,7 +163,7 @@ def iou_match(completion: Completion, *, column: str | None = None) -> float:
     Range: 0 to 1.
     Source: matching as in DETR, arXiv:2005.12872, section 3.1, by Jonker and Volgenant's method (1987).
     """
-    return matched_iou(_marked(final_answer(completion.text), "box"), _reference_boxes(completion.sample, column))
+    return matched_iou(read_marked(final_answer(completion.text), "box"), _reference_boxes(completion.sample, column))
 
 
 def point_in_box(completion: Completion, *, column: str | None = None) -> float:
@@ -181,10 +173,7 @@ def point_in_box(completion: Completion, *, column: str | None = None) -> float:
     Range: 0 or 1.
     Source: ScreenSpot's click accuracy, arXiv:2401.10935 (SeeClick), section 4.
     """
-    answer = final_answer(completion.text)
-    said = [*_marked(answer, "point"), *_marked(answer, "box")]
-    if not said and _PAIR.fullmatch(answer):
-        said = [tuple(float(match[0]) for match in NUMBER.finditer(answer))]
+    said = read_targets(final_answer(completion.text))
     references = _reference_boxes(completion.sample, column)
     return float(len(said) == 1 and any(contains_point(box, centre_of(said[0])) for box in references))
 
@@ -198,26 +187,10 @@ def format_tags(completion: Completion, *, shape: Shape = "think_answer", opened
     Range: 0 or 1.
     Source: tags as in DeepSeek-R1, arXiv:2501.12948, 2.2.2.
     """
-    text = f"<think>{completion.text}" if opened else completion.text
-    if shape == "boxed":
-        said = after_thought(text)
-        return float(len(_BOX_OPENING.findall(said)) == 1 and bool(extract_boxed(said)))
-    match = (_THINK_ANSWER if shape == "think_answer" else _ONLY_ANSWER).fullmatch(text)
-    return float(match is not None and bool(match["said"].strip()) and not any(map(_TAG.search, match.groups())))
+    return float(has_shape(f"<think>{completion.text}" if opened else completion.text, shape))
 
 
-def _checked_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    from jsonschema import SchemaError
-    from jsonschema.validators import validator_for
-
-    try:
-        validator_for(schema).check_schema(dict(schema))
-    except SchemaError as cause:
-        raise ValueError(f"is no JSON Schema: {cause.message}") from cause
-    return schema
-
-
-Schema = Annotated[Mapping[str, Any], AfterValidator(_checked_schema)]
+Schema = Annotated[Mapping[str, Any], AfterValidator(checked_schema)]
 
 
 def json_schema(
@@ -235,22 +208,15 @@ def json_schema(
     Range: `broken` where it is no JSON, `mismatch` where it does not fit, `valid` where it does.
     Source: [JSON Schema](https://json-schema.org), by jsonschema; addresses in `$ref` are never fetched.
     """
-    from jsonschema.validators import validator_for
-    from referencing import Registry
     from referencing.exceptions import Unresolvable
 
     rules = schema if schema is not None else _schema_of(completion.sample, column)
-    answer = final_answer(completion.text)
-    if answer.startswith(FENCE) and answer.endswith(FENCE):
-        answer = answer.strip("`").removeprefix("json")
     try:
-        value = json.loads(answer, parse_constant=_refuse_constant)
+        value = read_json(final_answer(completion.text))
     except (ValueError, RecursionError):  # a text of brackets alone nests deeper than any reader
         return broken
-    # Without a registry of its own jsonschema would fetch what `$ref` names, from wherever a row says.
-    validator = validator_for(rules)(rules, registry=Registry())
     try:
-        return valid if validator.is_valid(value) else mismatch
+        return valid if fits_schema(value, rules) else mismatch
     except Unresolvable as cause:
         raise RewardError(
             f"{completion.sample.where}: the schema refers to {cause.ref!r}, which is not in it, and nothing is fetched. "
@@ -329,7 +295,7 @@ def _references(completion: Completion, column: str | None) -> list[str]:
 def _reference_boxes(sample: Sample, column: str | None) -> list[tuple[float, ...]]:
     found = find_answer(sample) if column is None else find_column(sample, column)
     text = found if isinstance(found, str) else json.dumps(found, default=_listed)
-    boxes = _marked(text, "box")
+    boxes = read_marked(text, "box")
     beyond = [box for box in boxes if not all(0 <= number <= LARGEST_SCALE for number in box)]
     if beyond and (sample.boxes is None or sample.boxes.target == "xyxy_1000"):
         raise RewardError(
@@ -350,19 +316,11 @@ def _listed(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no box")
 
 
-def _marked(text: str, kind: Kind) -> list[tuple[float, ...]]:
-    return [span.numbers for span in find_boxes(text, bare=True) if span.kind == kind]
-
-
 def _schema_of(sample: Sample, column: str) -> Mapping[str, Any]:
     found = find_column(sample, column)
     try:
-        return _checked_schema(json.loads(found) if isinstance(found, str) else found)
+        return checked_schema(json.loads(found) if isinstance(found, str) else found)
     except ValueError as cause:
         raise RewardError(
             f"{sample.where}: column {column!r} {cause}. Mend it, or set the reward's `schema`."
         ) from cause
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")

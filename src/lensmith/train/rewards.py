@@ -10,11 +10,8 @@ docs/rewards.md has the table of names, and how to write one.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ from lensmith.config.suggest import suggest_choice
 from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError
 from lensmith.evals.answer_text import extract_boxed as extract_boxed_answer
+from lensmith.evals.own_functions import find_function
 from lensmith.train.reward_calls import read_signature
 from lensmith.train.reward_functions import REWARDS, RewardFunction
 from lensmith.train.reward_set import OnError, Reward, RewardBatch, RewardFailure, RewardSet, RewardTable
@@ -129,7 +127,10 @@ def _read(place: str, spec: Written) -> RewardSpec:
 def _load(spec: RewardSpec, root: Path, modules: dict[Path, ModuleType]) -> Reward:
     if isinstance(spec.name, str) and ":" not in spec.name:
         return _load_named(spec, spec.name)
-    function = _find_function(spec, spec.name, root, modules) if isinstance(spec.name, str) else spec.name
+    function = spec.name
+    if isinstance(function, str):
+        example = "my_rewards.py:price_match"
+        function = find_function(function, root=root, place=spec.place, example=example, modules=modules)
     try:
         signature = read_signature(function)
     except (TypeError, ValueError) as cause:
@@ -182,42 +183,3 @@ def _check_parameters(spec: RewardSpec, function: RewardFunction) -> dict[str, A
                 f"{spec.place}.{name} is {value!r}: {reason[:1].lower()}{reason[1:]}. docs/rewards.md says what it may be."
             ) from cause
     return checked
-
-
-def _find_function(spec: RewardSpec, name: str, root: Path, modules: dict[Path, ModuleType]) -> Callable[..., Any]:
-    file, _, attribute = name.rpartition(":")
-    path = (root / Path(file).expanduser()).resolve()
-    if path.suffix != ".py" or not path.is_file():
-        raise ConfigError(
-            f"{spec.place}: {name!r} names the file {path}, which is no Python file that exists. "
-            f"Write it as my_rewards.py:price_match, starting from {root}."
-        )
-    if path not in modules:
-        modules[path] = _run_file(spec, path)
-    found = getattr(modules[path], attribute, None)
-    if not callable(found):
-        held = [one for one, value in vars(modules[path]).items() if inspect.isfunction(value) and one[0] != "_"]
-        raise ConfigError(
-            f"{spec.place}: {path.name} has no function {attribute!r}; it has {', '.join(held) or 'none'}. "
-            f"{suggest_choice(attribute, held)}".strip()
-        )
-    return found
-
-
-def _run_file(spec: RewardSpec, path: Path) -> ModuleType:
-    # Two files of one name in different folders are two modules.
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    source = importlib.util.spec_from_file_location(name, path)
-    if source is None or source.loader is None:
-        raise ConfigError(f"{spec.place}: Python has no loader for {path}, only for .py files. Rename it.")
-    module = importlib.util.module_from_spec(source)
-    sys.modules[name] = module  # dataclasses and pickle look a function's module up by its name
-    try:
-        source.loader.exec_module(module)
-    except Exception as cause:
-        del sys.modules[name]
-        raise ConfigError(
-            f"{spec.place}: {path} cannot be run: {type(cause).__name__}: {cause}. "
-            f"See what is wrong with: python {path.name}"
-        ) from cause
-    return module
