@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import time
 import typing
 
 import pytest
@@ -200,6 +201,14 @@ def test_a_choice_is_found_however_it_is_said(answer):
 def test_what_means_no_option_or_several_is_wrong(answer):
     assert value("choice", answer, "B", question=CAPITALS) == 0
     assert value("choice", answer, "A", question=CAPITALS) == 0
+
+
+def test_no_answer_keeps_the_search_busy():
+    started = time.perf_counter()
+    for text in ("answer" + "\n" * 50_000, "answer " * 10_000, "(A " * 20_000, " " * 50_000 + "A", "\n" * 50_000):
+        value("choice", text, "B", question=CAPITALS)
+        value("choice", "B", "B", question=text)
+    assert time.perf_counter() - started < 5
 
 
 def test_an_option_within_another_ones_text_is_not_meant():
