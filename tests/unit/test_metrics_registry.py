@@ -2,10 +2,11 @@
 
 import inspect
 import re
+import time
 import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensmith.config.tree import MetricName
@@ -37,6 +38,7 @@ def test_every_metric_says_its_range_its_use_and_its_source():
         assert re.search(r"Range: .*\nFor: .*\nSource: ", inspect.getdoc(metric.judge), re.DOTALL), metric.name
 
 
+@settings(deadline=None)  # the first formula starts the process that compares them
 @given(answer=texts, reference=texts.filter(str.strip), question=texts)
 def test_every_metric_stays_between_nothing_and_one(answer, reference, question):
     needs = {"point": box(1, 2, 3, 4), "json_f1": '{"a": 1}'}
@@ -200,6 +202,14 @@ def test_a_choice_is_found_however_it_is_said(answer):
 def test_what_means_no_option_or_several_is_wrong(answer):
     assert value("choice", answer, "B", question=CAPITALS) == 0
     assert value("choice", answer, "A", question=CAPITALS) == 0
+
+
+def test_no_answer_keeps_the_search_busy():
+    started = time.perf_counter()
+    for text in ("answer" + "\n" * 50_000, "answer " * 10_000, "(A " * 20_000, " " * 50_000 + "A", "\n" * 50_000):
+        value("choice", text, "B", question=CAPITALS)
+        value("choice", "B", "B", question=text)
+    assert time.perf_counter() - started < 5
 
 
 def test_an_option_within_another_ones_text_is_not_meant():

@@ -132,6 +132,8 @@ OPTIONS = "Which?\nA. one\nB. two"
         ([Reference((BOXES,))] * 3, "iou", "3 of 3 answers are boxes"),
         ([Reference(("[1, 2, 30, 40]",), boxes="xyxy_px")] * 2, "iou", "2 of 2"),
         ([Reference(("[1, 2, 30, 40]",))] * 2, "exact", "code, markup"),
+        (['{"total": 3, "box": [1, 2, 30, 40]}'], "json_f1", "1 of 1 answers are JSON objects"),
+        (['At {"bbox_2d": [1, 2, 30, 40]}'], "normalised", "short answers"),
         (['{"total": 3}', '{"total": 5}', "7"], "json_f1", "2 of 3 answers are JSON objects, compared field by field"),
         ([Reference(("B",), OPTIONS)] * 2, "choice", "2 of 2 answers are letters of options in the question"),
         ([Reference(("B",), "Which vitamin?")] * 2, "normalised", "short answers"),

@@ -223,7 +223,7 @@ def test_guess_is_said_in_one_line_and_can_be_overridden(folder):
     rows = open_rows(_file(folder, {"picture": RED, "text": "Q", "comment": "A", "answer": "B", "id": 1}))
     layout = guess_layout(rows, Columns())
     assert layout.sentence == (
-        "some.jsonl: images from 'picture', answers from 'answer'; not used: 'text', 'comment', 'id'. "
+        "some.jsonl: images from 'picture', answers from 'answer'; not learned: 'text', 'comment', 'id'. "
         "Set data.columns to change this."
     )
     layout = guess_layout(rows, Columns(question="text", answer="comment"))

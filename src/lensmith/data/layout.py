@@ -160,5 +160,5 @@ def _sentence(name: str, layout: Layout, seen: Mapping[str, Any]) -> str:
     if layout.system:
         parts.append(f"system text from {layout.system!r}")
     others = [repr(column) for column in seen if column not in layout.used]
-    rest = f"; not used: {', '.join(others)}" if others else ""
+    rest = f"; not learned: {', '.join(others)}" if others else ""
     return f"{name}: {', '.join(parts)}{rest}. Set data.columns to change this."

@@ -20,6 +20,7 @@ import numpy as np
 from lensmith.data.images import read_patches
 from lensmith.data.pack import pack_samples
 from lensmith.errors import DataError, RowError
+from lensmith.evals.intervals import CONFIDENCE, RESAMPLES
 from lensmith.types import Encoded, ImageRef, Moment
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
     from lensmith.data.source import SampleSource
 
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
-"""Of the paired bootstrap; its own noise then moves the ends of the interval by about 1 % of its width."""
 GREY = 127
 """Of 255: the middle, where Qwen3-VL's normalised pixels are nearly 0."""
 

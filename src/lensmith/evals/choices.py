@@ -16,7 +16,8 @@ from lensmith.evals.normalise import normalise
 Options = Mapping[str, str]
 """Letter -> text."""
 
-OPTION_LINE = re.compile(r"^\s*[(\[]?([A-Z])[)\].:]\s*(\S.*?)\s*$", re.MULTILINE)
+# Possessive, so that no text makes the search go back and forth.
+OPTION_LINE = re.compile(r"^[ \t]*+[(\[]?([A-Z])[)\].:][ \t]*+(\S.*)$", re.MULTILINE)
 INLINE_OPTION = re.compile(r"\(([A-Z])\)\s*([^()]+?)\s*(?=[,;]?\s*\([A-Z]\)|[.?]?\s*$)")
 LETTERS = "ABCDEFGH"
 """Of a question whose options are not known; beyond them `I` would be a choice wherever somebody speaks of themselves."""
@@ -25,8 +26,8 @@ _ALONE = re.compile(r"[\s*_`\"'(\[]*([A-Za-z])[\s*_`\"')\].:]*")
 _LEADING = re.compile(r"[\s*_]*(?:[(\[]([A-Z])[)\]]|([A-Z])[).:])(?:[\s*_]|$)")
 _SPOKEN = r"(?i:\b(?:answer|option|choice|choose|select|pick)\b(?:\s+(?:is|would\s+be|option|choice|letter))*)"
 # The letter is a capital: a small one behind "the answer is" is an article or begins a word.
-_NAMED = re.compile(rf"{_SPOKEN}\s*:?[\s*_(\[\"'`]*([A-Z])(?![\w'’])")
-_SAID = re.compile(rf"{_SPOKEN}\s*:?\s+(.+?)\s*$", re.MULTILINE)
+_NAMED = re.compile(rf"{_SPOKEN}\s*+:?[\s*_(\[\"'`]*+([A-Z])(?![\w'’])")
+_SAID = re.compile(rf"{_SPOKEN}\s*+:?\s*+(.+)$", re.MULTILINE)
 _BRACKETED = re.compile(r"\(([A-Z])\)|\*\*([A-Z])\*\*")
 
 
@@ -42,7 +43,7 @@ def read_options(question: str, listed: Sequence[str] | None = None) -> dict[str
         found = pattern.findall(question)
         letters = "".join(letter for letter, _ in found)
         if len(found) > 1 and string.ascii_uppercase.startswith(letters):
-            return dict(found)
+            return {letter: text.strip() for letter, text in found}
     return {}
 
 

@@ -6,10 +6,10 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from lensmith.data.box_text import find_boxes
+from lensmith.data.box_text import CONFIDENCE_KEYS, IMAGE_KEYS, KEYS, LABEL_KEYS, find_boxes
 from lensmith.errors import DataError
 from lensmith.evals.answer_text import final_answer
-from lensmith.evals.json_metrics import read_json
+from lensmith.evals.json_metrics import list_fields, read_json
 from lensmith.evals.metrics import Reference
 from lensmith.evals.text_metrics import read_number
 
@@ -18,6 +18,7 @@ LONG_ANSWER_WORDS = 8
 MANY_PEOPLE = 9
 """Half of the rows with so many accepted answers: VQA's ten people, of whom one may be missing."""
 
+BESIDE_BOXES = {*KEYS, *LABEL_KEYS, *CONFIDENCE_KEYS, *IMAGE_KEYS}
 _MARKUP_START = ("{", "[", "<", "\\", "```")
 _CHART = re.compile(r"\b(?:chart|graph|plot|axis|bars?|pie|histogram|legend|diagram)\b", re.IGNORECASE)
 
@@ -49,7 +50,7 @@ def is_json_object(text: str) -> bool:
 
 
 def _boxes(rows: Sequence[Reference]) -> Guess | None:
-    found = _count(rows, _holds_box)
+    found = _count(rows, _is_boxes)
     if 2 * found <= len(rows):
         return None
     return (
@@ -124,9 +125,17 @@ def _text(row: Reference) -> str:
     return final_answer(row.answers[0])
 
 
-def _holds_box(row: Reference) -> bool:
+def _is_boxes(row: Reference) -> bool:
+    """Whether the answer is boxes and hardly more: not prose that holds some, nor a form whose fields have places."""
+    text = _text(row)
     # Four numbers in brackets are a box only where the data says that it holds boxes.
-    return any(span.kind == "box" for span in find_boxes(_text(row), bare=row.boxes is not None))
+    if not any(span.kind == "box" for span in find_boxes(text, bare=row.boxes is not None)):
+        return False
+    try:
+        fields = list_fields(read_json(text))
+    except (ValueError, RecursionError):
+        return text.startswith(_MARKUP_START)
+    return all(not path or path[-1] in BESIDE_BOXES for path, _ in fields)
 
 
 def _count(rows: Sequence[Reference], holds: Callable[[Reference], bool]) -> int:
