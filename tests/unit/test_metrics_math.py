@@ -76,7 +76,7 @@ RUNAWAYS = ["9^{9^{9^9}}", "99999999!", "(x+1)^{100000}", r"\binom{999999999}{44
 def test_an_answer_that_runs_away_is_wrong_within_seconds(answer, forgetful):
     start = time.monotonic()
     assert not math_equal(answer, "5")
-    assert time.monotonic() - start < 5 * math_process.MOST_S  # the process may have to start first
+    assert time.monotonic() - start < math_process.MOST_WAIT_S  # on a busy machine; the process may have to start first
 
 
 def test_after_a_runaway_formulas_are_compared_as_before(forgetful):

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 from typing import Any
 
-MOST_S = 2.0
-"""Seconds for one comparison."""
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MOST_S = 2
+"""Seconds of processor time for one comparison, so that a busy machine judges as an idle one; whole ones, as the system counts.
+Where it does not, of the clock."""
+MOST_WAIT_S = 30.0
+"""Of the clock, on a machine however busy."""
 MOST_BYTES = 4 << 30
 """Address space of the process, where the system can bound it."""
 
@@ -30,7 +39,7 @@ class MathProcess:
         self._owner = 0
 
     def equal(self, answer: str, reference: str) -> bool:
-        """Whether math-verify finds the formulas equal; False where it takes more than `MOST_S` or `MOST_BYTES`.
+        """Whether math-verify finds the formulas equal; False where that takes more than `MOST_S` or `MOST_BYTES`.
 
         Raises:
             RuntimeError: The process did not start; the message holds what it printed.
@@ -39,7 +48,7 @@ class MathProcess:
             process = self._running()
             assert process.stdin
             assert process.stdout
-            too_long = threading.Timer(MOST_S, process.kill)
+            too_long = threading.Timer(MOST_WAIT_S if resource else MOST_S, process.kill)
             too_long.daemon = True
             too_long.start()
             try:
@@ -50,6 +59,8 @@ class MathProcess:
                 said = ""
             finally:
                 too_long.cancel()
+            if not said:  # killed over this formula; what is dying must not be given the next one
+                self.close()
             return said.strip() == "true"
 
     def close(self) -> None:
@@ -87,17 +98,23 @@ def _serve() -> None:
     """Answers `[answer, reference]` lines with true or false until the other end closes."""
     import math_verify
 
-    _bound_memory()
+    if resource is not None:
+        _limit(resource.RLIMIT_AS, MOST_BYTES)
+        _limit(resource.RLIMIT_CORE, 0)
     targets = (math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig())
 
     def parse(text: str) -> list[Any]:
         return math_verify.parse(f"\\boxed{{{text}}}", extraction_config=targets, parsing_timeout=None)  # type: ignore[arg-type]
 
+    math_verify.verify(parse("x+1"), parse("1+x"), timeout_seconds=None)  # what sympy loads late is not counted either
     print("ready", flush=True)
     # Nobody reads the warnings that follow, and a full pipe would stop this process.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     for line in sys.stdin:
         answer, reference = json.loads(line)
+        if resource is not None:
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + MOST_S)
         try:
             meant, said = parse(reference), parse(answer)
             equal = bool(meant and said and math_verify.verify(meant, said, timeout_seconds=None))
@@ -106,11 +123,9 @@ def _serve() -> None:
         print("true" if equal else "false", flush=True)
 
 
-def _bound_memory() -> None:
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+def _limit(kind: int, most: int) -> None:
+    assert resource is not None, "asked only where there is one"
+    resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
 
 
 math_process = MathProcess()
