@@ -6,7 +6,7 @@
         metrics.jsonl             one optimizer step per line
         oom.jsonl                 only where GPU memory ran out: which step, which rows, what was done
         completions.jsonl         of a GRPO run: what was answered and how it was judged; completions.html shows the newest
-        best.json                 of a GRPO run: the checkpoint with the best reward, kept besides the newest ones
+        best.json                 the checkpoint with the best score or, of a GRPO run, reward, kept besides the newest ones
         predictions-before.jsonl  answers to the held-out questions; -after, and -step-000200 on the way
         checkpoints/step-000200/  whole or not there: written under another name, then renamed
 
@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "optim.steps",
     "data.workers",
     "eval.every_steps",
+    "eval.patience",
     "eval.samples",
     "eval.max_new_tokens",
     "eval.batch",

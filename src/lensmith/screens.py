@@ -52,7 +52,7 @@ def sparkline(values: Sequence[float], columns: int = CURVE_COLUMNS) -> str:
 def describe_run(run: RunDir) -> dict[str, Any]:
     """A run as plain values: settings that differ from the defaults, progress, cost, and answers."""
     metrics = run.read_metrics()
-    latest = run.latest_checkpoint()
+    latest, best = run.latest_checkpoint(), run.read_best()
     train_s = sum(stats["step_s"] for stats in metrics)
     samples = sum(stats["samples"] for stats in metrics)
     told = {
@@ -69,6 +69,7 @@ def describe_run(run: RunDir) -> dict[str, Any]:
         "loss": [stats["loss"] for stats in metrics],
         "checkpoint": str(latest) if latest else None,
         "predictions": {path.stem.removeprefix("predictions-"): str(path) for path in run.list_predictions()},
+        "best": best and {**best, "checkpoint": str(run.checkpoint_path(best["step"]))},
     }
     return told | _describe_rewards(run, metrics) if metrics and "reward" in metrics[-1] else told
 
@@ -79,7 +80,6 @@ def _describe_rewards(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict
     for stats in metrics:
         for name, count in stats.get("failures", {}).items():
             failures[name] = failures.get(name, 0) + count
-    best = run.read_best()
     return {
         "reward": [stats["reward"] for stats in metrics],
         "rewards": {name: [stats["rewards"].get(name) for stats in metrics] for name in metrics[-1]["rewards"]},
@@ -88,7 +88,6 @@ def _describe_rewards(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict
         "zero_variance": [stats["zero_variance"] for stats in metrics],
         "failures": failures,
         "page": str(run.page_path) if run.page_path.is_file() else None,
-        "best": best and {**best, "checkpoint": str(run.checkpoint_path(best["step"]))},
     }
 
 
@@ -116,8 +115,10 @@ def run_screen(run: RunDir) -> Iterator[str]:
     yield f"  {waited_s / told['train_s'] if told['train_s'] else 0:.0%} of it {cause}{memory}"
     yield from _shortages(told["oom"])
     yield f"\nnewest checkpoint: {told['checkpoint'] or 'none yet'}"
-    if best := told.get("best"):
-        yield f"best checkpoint: {best['checkpoint']}, reward {best['reward']:.3f} ± {best['spread']:.3f} before it"
+    if best := told["best"]:
+        how = f"{best['metric']} {best['score']:.1%}" if "metric" in best else ""
+        how = how or f"reward {best['reward']:.3f} ± {best['spread']:.3f} before it"
+        yield f"best checkpoint: {best['checkpoint']}, {how}"
     yield from _answers(run)
 
 

@@ -103,6 +103,19 @@ def _rounds_of_questions_need_a_test_set(config: RunConfig) -> Iterator[Problem]
         )
 
 
+def _patience_needs_rounds(config: RunConfig) -> Iterator[Problem]:
+    if config.eval.every_steps is None:
+        yield Problem(
+            "eval.patience",
+            "has no effect with eval.every_steps=null: it counts rounds of questions. Set eval.every_steps, or remove it.",
+        )
+    elif config.task == "grpo":
+        yield Problem(
+            "eval.patience",
+            "has no effect with task=grpo: a run of rewards keeps the checkpoint of its best reward. Remove it.",
+        )
+
+
 def _image_range_is_not_empty(config: RunConfig) -> Iterator[Problem]:
     image = config.data.image
     if image.min_tokens is not None and image.min_tokens > image.max_tokens:
@@ -289,6 +302,7 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rates_need_a_moving_part,
     _dropout_turns_sharing_off,
     _rounds_of_questions_need_a_test_set,
+    _patience_needs_rounds,
     _kept_features_need_a_frozen_tower,
     _inputs_wait_only_where_layers_run_twice,
     _rounding_is_for_weights_that_train,

@@ -264,7 +264,10 @@ class Eval(Section):
     """How answers are judged: docs/evaluation.md has the table. auto: boxed with the reward math_boxed, else guessed from the
     answers, and said. One's own: my_metrics.py:price_match."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Answers the held-out questions every so many steps. Null: only before and after."""
+    """Answers the held-out questions every so many steps, and keeps the checkpoint with the best score. Null: only before and
+    after."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Ends the run, with the weights of its best checkpoint, after so many rounds without a better score. Null: never."""
     samples: Annotated[int, Field(ge=1)] | None = 500
     """At most this many held-out samples, drawn by the seed. Null: all."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128

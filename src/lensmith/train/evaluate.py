@@ -20,11 +20,13 @@ from lensmith.evals.degenerate import find_degenerate
 from lensmith.evals.own_metrics import load_metric
 from lensmith.evals.predict import Progress, ask_model, draw_samples, evaluate_model
 from lensmith.evals.results import EvalResult, compare_results, kept_columns, read_predictions, score_predictions
+from lensmith.evals.score import Score
 from lensmith.model.adapters import find_tuned, load_tuned
 from lensmith.model.load import Loaded, load_model
 from lensmith.rundir import STEP_NAME, RunDir
 from lensmith.train.prepare import Prepared, Say, prepare_run, scan_one, scan_rows
 from lensmith.train.ranks import rank, speaker
+from lensmith.train.rounds import BestScore
 from lensmith.train.sft import TrainResult, train_prepared
 from lensmith.types import Sample
 
@@ -119,12 +121,30 @@ def train_and_compare(
         prepared,
         say=say,
         progress=train_progress,
-        during=lambda model, step: say(f"After step {step}: {ask(model, f'step-{step:06d}').score}"),
+        during=lambda model, step: _told(say, step, ask(model, f"step-{step:06d}").score),
     )
     evaluated = Evaluated(before, ask(trained.model, "after", eval_progress), run.predictions_path("after"))
-    for sentence in evaluated.sentences():
+    for sentence in (*evaluated.sentences(), *_better_before(run, evaluated.after.score)):
         say(sentence)
     return Compared(trained, evaluated)
+
+
+def _told(say: Say, step: int, score: Score) -> Score:
+    say(f"After step {step}: {score}")
+    return score
+
+
+def _better_before(run: RunDir, score: Score) -> list[str]:
+    """An offer to go back, where a round of questions on the way did better than the end."""
+    kept = run.read_best()
+    if kept is None or "metric" not in kept or not (best := BestScore(**kept)).beats(score):
+        return []
+    checkpoint = run.checkpoint_path(best.step)
+    return [
+        f"The end scores {score.value:.1%}; after step {best.step} it was {best.score:.1%}, and that checkpoint is kept: "
+        f"{checkpoint}. lensmith eval, verify and export take it as they take a run. The same questions chose it, so part of "
+        "its lead is chance; eval.patience ends a run there by itself."
+    ]
 
 
 def _reward_name(spec: str | dict[str, Any]) -> Any:

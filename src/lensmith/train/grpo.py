@@ -26,7 +26,8 @@ from lensmith.train.ranks import rank
 from lensmith.train.recover import GradientGuard, StopOnInterrupt
 from lensmith.train.rewards import run_rewards
 from lensmith.train.rollout import Rollout
-from lensmith.train.sft import During, Pause, TrainResult, common_arguments, take_steps
+from lensmith.train.rounds import During, Rounds
+from lensmith.train.sft import TrainResult, common_arguments, take_steps
 
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
@@ -43,13 +44,13 @@ def train_grpo(
     say("Completions come from the built-in engine: each prompt and its pictures once per group.")
     total = len(prepared.plan.steps)
     watch = GrpoWatch(prepared, say, progress)
-    stop, pause = StopOnInterrupt(), Pause(during if rank() == 0 else None, config.eval.every_steps)
+    stop, rounds = StopOnInterrupt(), Rounds(during, config, run, say)
     trainer = build_trainer(prepared, say, watch, watch.log)
-    for callback in (stop, pause, *([watch.best] if rank() == 0 else [])):
+    for callback in (stop, rounds, *([watch.best] if rank() == 0 else [])):
         trainer.add_callback(callback)
     say(f"What is answered, and how it is judged: {run.page_path}")
     with contextlib.closing(watch):
-        train_s = take_steps(prepared, trainer, stop, pause, say)
+        train_s = take_steps(prepared, trainer, stop, rounds, say)
     for sentence in watch.advice():
         say(sentence)
     return TrainResult(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
 from lensmith.config.tree import RunConfig
@@ -31,6 +31,7 @@ from lensmith.train.oom import MemoryGuard
 from lensmith.train.prepare import Prepared, Say, check_first_packs, prepare_run
 from lensmith.train.ranks import rank, speaker
 from lensmith.train.recover import GradientGuard, StopOnInterrupt, interruptible
+from lensmith.train.rounds import During, Rounds
 from lensmith.train.trainer import SFTTrainer
 from lensmith.types import StepStats
 
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 """Our names to transformers'."""
-
-During = Callable[[Any, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,8 @@ def train_model(
 ) -> TrainResult:
     """Fine-tune as `config` says; resumes where its run folder holds a checkpoint.
 
-    `during(model, step)` is called every `eval.every_steps` steps on the first process; its time is not training time.
+    `during(model, step)` is called every `eval.every_steps` steps on the first process; its time is not training time, and
+    the score that it returns may end the run (see `lensmith.train.rounds`).
 
     Raises LensmithError children for whatever the user can mend; `Interrupted` after Ctrl-C, with everything saved.
     """
@@ -91,23 +91,24 @@ def train_prepared(
             if progress is not None:
                 progress.update(stats, total)
 
-    stop, pause = StopOnInterrupt(), Pause(during if rank() == 0 else None, config.eval.every_steps)
-    trainer = _build_trainer(prepared, say, on_stats, [stop, pause])
-    train_s = take_steps(prepared, trainer, stop, pause, say)
+    stop, rounds = StopOnInterrupt(), Rounds(during, config, run, say)
+    trainer = _build_trainer(prepared, say, on_stats, [stop, rounds])
+    train_s = take_steps(prepared, trainer, stop, rounds, say)
+    taken = rounds.ended_at or total
     if (features := prepared.loaded.model.features) is not None:
         say(features.sentence())
     return TrainResult(
         model=trainer.tuned,
         processor=prepared.loaded.processor,
-        steps=total,
-        samples=sum(map(len, prepared.plan.steps[prepared.steps_done :])),
+        steps=taken,
+        samples=sum(map(len, prepared.plan.steps[prepared.steps_done : taken])),
         train_s=train_s,
         loss=losses[-1] if losses else float("nan"),
         run=run.path,
     )
 
 
-def take_steps(prepared: Prepared, trainer: Any, stop: StopOnInterrupt, pause: Pause, say: Say) -> float:
+def take_steps(prepared: Prepared, trainer: Any, stop: StopOnInterrupt, rounds: Rounds, say: Say) -> float:
     """All steps that are left, then the final save; returns the seconds of training alone.
 
     Raises Interrupted after Ctrl-C, with everything saved.
@@ -118,15 +119,22 @@ def take_steps(prepared: Prepared, trainer: Any, stop: StopOnInterrupt, pause: P
         if prepared.steps_done >= total:
             say(f"All {total} steps are done already.")
             trainer._load_from_checkpoint(str(prepared.checkpoint))
+        elif rounds.is_over(prepared.steps_done):
+            rounds.ended_at = prepared.steps_done
+            say(
+                f"This run ended after step {prepared.steps_done} already: no round of questions was better (eval.patience)."
+            )
         else:
             with interruptible(stop, say):
                 trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
-        train_s = time.perf_counter() - start - pause.spent_s
-        if stop.asked and trainer.state.global_step < total:
+        train_s = time.perf_counter() - start - rounds.spent_s
+        if stop.asked and rounds.ended_at is None and trainer.state.global_step < total:
             raise Interrupted(
                 f"{run.path}: stopped after step {trainer.state.global_step} of {total} and saved. "
                 f"To go on: lensmith train {run.config_path}"
             )
+        if rounds.ended_at is not None and rounds.best is not None:
+            trainer._load_from_checkpoint(str(run.checkpoint_path(rounds.best.step)))
         if rank() == 0:
             _save_final(prepared, trainer.tuned)
     return train_s
@@ -214,17 +222,3 @@ def common_arguments(prepared: Prepared) -> dict[str, Any]:
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }
-
-
-class Pause(TrainerCallback):
-    """Calls `during(model, step)` every so many steps, and keeps the time that takes."""
-
-    def __init__(self, during: During | None, every_steps: int | None) -> None:
-        self.during, self.every_steps, self.spent_s = during, every_steps, 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, model: Any = None, **_: Any) -> None:
-        last = state.global_step == state.max_steps  # the evaluation after training asks then
-        if self.during and self.every_steps and state.global_step % self.every_steps == 0 and not last:
-            start = time.perf_counter()
-            self.during(model, state.global_step)
-            self.spent_s += time.perf_counter() - start
