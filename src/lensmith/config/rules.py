@@ -107,7 +107,7 @@ def _patience_needs_rounds(config: RunConfig) -> Iterator[Problem]:
     if config.eval.every_steps is None:
         yield Problem(
             "eval.patience",
-            "has no effect with eval.every_steps=null: it counts rounds of questions. Set eval.every_steps, or remove it.",
+            "has no effect with eval.every_steps=null: it counts rounds of questions. Remove it, or set eval.every_steps.",
         )
     elif config.task == "grpo":
         yield Problem(
