@@ -112,7 +112,6 @@ class Merged:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "folder": str(self.folder),
             "base": self.base,
             "tuned": str(self.tuned),
             "into": self.into,
@@ -134,11 +133,13 @@ def merge_run(
     into: Into = "base",
     progress: Progress | None = None,
     file_bytes: int = FILE_BYTES,
+    finish: Callable[[Path, Merged], None] | None = None,
 ) -> Merged:
     """The tuned weights in `tuned` (a run, checkpoint or adapter folder) merged into the base of `run`, written to `out`.
 
     `out` holds the whole model: weights in files of about `file_bytes`, the base's other files, and the run's image limits
-    in the processor. It appears whole or not at all; an earlier export there is replaced.
+    in the processor. It appears whole or not at all; an earlier export there is replaced. `finish(folder, merged)` may add
+    files before it appears.
 
     Raises:
         RunError: `out` holds something else, or the disk is full.
@@ -148,7 +149,7 @@ def merge_run(
     start = time.perf_counter()
     check_replaceable(out)
     config, source = run.read_config(), find_tuned(tuned)
-    base = open_base(config, run.read_environment().get("precision"))
+    base = open_base(run, config)
     notes = _check_into(base, config, into)
     changes, inherited = _all_changes(config, source)
     notes += inherited + _check_fit(base, source, changes)
@@ -182,6 +183,8 @@ def merge_run(
             notes=tuple(notes + _noticed(measured)),
         )
         write_record(folder, {"to": "merged"} | merged.to_json())
+        if finish is not None:
+            finish(folder, merged)
     return merged
 
 
