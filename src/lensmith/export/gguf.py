@@ -140,8 +140,8 @@ def export_gguf(
         model = folder / ".merged"
         merged = merge_run(run, tuned, model, into=into, progress=progress)
         projector = folder / f"mmproj-{name}-{PROJECTOR_TYPE}.gguf"
-        _convert(tools, model, projector, PROJECTOR_TYPE, "--mmproj")
-        files = [_write_type(tools, model, folder / f"{name}-{quant}.gguf", quant) for quant in quants]
+        _convert(tools, model, projector, PROJECTOR_TYPE, name, "--mmproj")
+        files = [_write_type(tools, model, folder / f"{name}-{quant}.gguf", quant, name) for quant in quants]
         (folder / f".{QUANTIZE_FROM}.gguf").unlink(missing_ok=True)
         checked = tuple(check_language(file, model) for file in files)
         tower = check_projector(projector, model)
@@ -154,21 +154,21 @@ def export_gguf(
     return converted
 
 
-def _write_type(tools: Tools, model: Path, file: Path, quant: str) -> Path:
+def _write_type(tools: Tools, model: Path, file: Path, quant: str, name: str) -> Path:
     if quant in BY_CONVERTER:
-        _convert(tools, model, file, quant)
+        _convert(tools, model, file, quant, name)
         return file
     source = file.parent / f".{QUANTIZE_FROM}.gguf"
     if not source.is_file():
-        _convert(tools, model, source, QUANTIZE_FROM)
+        _convert(tools, model, source, QUANTIZE_FROM, name)
     assert tools.quantize is not None, "find_tools refuses such a type without llama-quantize"
     _run([str(tools.quantize), str(source), str(file), quant.upper()], "llama-quantize")
     return file
 
 
-def _convert(tools: Tools, model: Path, to: Path, quant: str, *more: str) -> None:
-    command = [sys.executable, str(tools.converter), str(model), "--outfile", str(to), "--outtype", quant, *more]
-    _run(command, SCRIPT)
+def _convert(tools: Tools, model: Path, to: Path, quant: str, name: str, *more: str) -> None:
+    command = [sys.executable, str(tools.converter), str(model), "--outfile", str(to), "--outtype", quant]
+    _run([*command, "--model-name", name, *more], SCRIPT)
     if not to.is_file():
         raise RunError(
             f"{SCRIPT}: ended well and wrote no {to.name}. Its version may be too old for Qwen3-VL: update it."

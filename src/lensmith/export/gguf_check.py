@@ -12,6 +12,7 @@ import torch
 from lensmith.errors import RunError
 from lensmith.export.base import weight_files
 from lensmith.export.tensors import TensorFile
+from lensmith.export.whole import size
 
 LANGUAGE, PROJECTOR = "qwen3vl", "clip"
 """general.architecture of the two files."""
@@ -36,7 +37,7 @@ class CheckedFile:
     @property
     def sentence(self) -> str:
         return (
-            f"{self.name}: {self.nbytes / 2**30:.2f} GiB, {self.tensors} tensors ({', '.join(self.types)}); one linear, "
+            f"{self.name}: {size(self.nbytes)}, {self.tensors} tensors ({', '.join(self.types)}); one linear, "
             f"read back, is within {self.error:.2%} of the merged one."
         )
 

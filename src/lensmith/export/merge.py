@@ -34,7 +34,7 @@ from lensmith.export.tensors import (
     write_index,
     write_values,
 )
-from lensmith.export.whole import GIB, check_replaceable, check_space, write_record, written_whole
+from lensmith.export.whole import check_replaceable, check_space, size, write_record, written_whole
 from lensmith.model.adapters import TRAINED_WEIGHTS, find_tuned
 from lensmith.rundir import RunDir
 
@@ -92,11 +92,11 @@ class Merged:
     def sentences(self) -> list[str]:
         trained = [tensor for tensor in self.changed if tensor.kind != "kept"]
         lines = [
-            f"Merged {len(trained)} of {self.tensors} tensors of {self.base}, {self.nbytes / GIB:.2f} GiB "
+            f"Merged {len(trained)} of {self.tensors} tensors of {self.base}, {size(self.nbytes)} "
             f"in {self.seconds:.1f} s; all others are the base's, bit for bit."
             if self.nf4_error is None or self.into == "base"
             else f"Merged {len(trained)} of {self.tensors} tensors into what NF4 left of {self.base}, "
-            f"{self.nbytes / GIB:.2f} GiB in {self.seconds:.1f} s."
+            f"{size(self.nbytes)} in {self.seconds:.1f} s."
         ]
         if (lost := self.lost) is not None:
             lines.append(f"Storing the result in the base's type rounds away {lost:.2%} of the trained change.")
