@@ -100,6 +100,7 @@ def test_files_are_written_and_read_back(run, llama_cpp, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [f"{name}-f32.gguf", f"mmproj-{name}-f16.gguf", "Modelfile", "README.md", "lensmith_export.json"]
     )
+    assert made.asked is None
     assert "--image-min-tokens 4 --image-max-tokens 40" in made.command
     modelfile = (tmp_path / "out" / "Modelfile").read_text()
     assert f"FROM ./{name}-f32.gguf" in modelfile.splitlines()
@@ -146,3 +147,17 @@ def test_fewer_bits_go_through_llama_quantize(run, llama_cpp, tmp_path, monkeypa
 def test_an_unknown_type_is_answered_with_those_there_are(llama_cpp):
     with pytest.raises(ConfigError, match=r"--quant q9_0: not a type of GGUF file known here\. Use one of f32, f16"):
         find_tools(llama_cpp, ["q9_0"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program of this test is a shell script")
+def test_one_picture_is_asked_where_llama_cpp_can(run, llama_cpp, tmp_path):
+    program = llama_cpp / "build" / "bin" / "llama-mtmd-cli"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\ntest -f "$6" && test -f "$2" && echo "  a red\n square "\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    made = export_gguf(run, run.path, tmp_path / "out", llama_cpp=llama_cpp, quants=("f32",))
+    assert made.asked == "llama-mtmd-cli, asked about a red square, answered: a red square"
+    program.write_text("#!/bin/sh\necho 'unknown model architecture' >&2\nexit 1\n")
+    with pytest.raises(RunError, match=r"exit code 1 and answered '': unknown model architecture"):
+        export_gguf(run, run.path, tmp_path / "other", llama_cpp=llama_cpp, quants=("f32",))
+    assert not (tmp_path / "other").exists()

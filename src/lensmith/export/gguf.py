@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from lensmith.errors import ConfigError, RunError
+from lensmith.export.base import open_base
 from lensmith.export.card import Recorded, read_record, write_card
+from lensmith.export.gguf_ask import PROGRAM, ask_picture
 from lensmith.export.gguf_check import CheckedFile, check_language, check_projector
 from lensmith.export.merge import Into, Merged, Progress, merge_run
 from lensmith.export.ollama import write_modelfile
 from lensmith.export.vllm import image_limits, longest_prompt
-from lensmith.export.whole import check_replaceable, write_record, written_whole
+from lensmith.export.whole import check_replaceable, check_space, write_record, written_whole
 from lensmith.model.load import load_processor
 from lensmith.rundir import RunDir
 
@@ -53,12 +56,14 @@ class Converted:
     merged: Merged
     command: str
     """llama.cpp's server with the run's image limits."""
+    asked: str | None
+    """What came of a picture given to llama.cpp; None where its program for that is not here."""
 
     def sentences(self) -> list[str]:
         return [
             *self.merged.sentences(),
             *(file.sentence for file in (*self.files, self.projector)),
-            "What llama.cpp answers about a picture was not asked here.",
+            self.asked or f"No picture was given to llama.cpp, whose {PROGRAM} is not here.",
             f"Serve it: cd {self.folder} && {self.command}",
         ]
 
@@ -67,7 +72,7 @@ class Converted:
             "files": [asdict(file) for file in self.files],
             "projector": asdict(self.projector),
             "command": self.command,
-            "image_check": "not run",
+            "asked": self.asked,
             "merged": self.merged.to_json(),
         }
 
@@ -79,6 +84,8 @@ class Tools:
     converter: Path
     quantize: Path | None
     """llama-quantize, for the types that the converter cannot write."""
+    ask: Path | None
+    """llama-mtmd-cli, for one picture at the end."""
 
 
 def find_tools(llama_cpp: Path | None, quants: Sequence[str]) -> Tools:
@@ -100,18 +107,19 @@ def find_tools(llama_cpp: Path | None, quants: Sequence[str]) -> Tools:
     if converter is None or not converter.is_file():
         where = f"{converter} is not there" if converter else "no folder of llama.cpp is named"
         raise RunError(f"GGUF files are made by llama.cpp's {SCRIPT}, and {where}. {WAY_OUT}")
-    quantize = _find_quantize(folder)
+    quantize = _find_program(folder, "llama-quantize")
     if quantize is None and (needs := [quant for quant in quants if quant in BY_QUANTIZE]):
         raise RunError(
             f"--quant {needs[0]}: needs llama-quantize, which is neither in {folder or 'a folder of llama.cpp'} nor on "
             "PATH. Build it (cmake -B build && cmake --build build --target llama-quantize), or use --quant q8_0."
         )
-    return Tools(converter.resolve(), quantize)
+    return Tools(converter.resolve(), quantize, _find_program(folder, PROGRAM))
 
 
-def _find_quantize(folder: Path | None) -> Path | None:
+def _find_program(folder: Path | None, name: str) -> Path | None:
+    """Where llama.cpp's build puts it, else on PATH."""
     places = [folder / "build" / "bin", folder / "bin", folder] if folder else []
-    name = "llama-quantize.exe" if os.name == "nt" else "llama-quantize"
+    name = f"{name}.exe" if os.name == "nt" else name
     found = next((place / name for place in places if (place / name).is_file()), None) or shutil.which(name)
     return Path(found).resolve() if found else None
 
@@ -135,6 +143,8 @@ def export_gguf(
     quants = list(dict.fromkeys(quant.lower() for quant in quants))
     tools = find_tools(llama_cpp, quants)
     recorded = read_record(run, tuned)
+    # In 16 bits at most: the merged model, each file, the one that llama-quantize starts from, the tower.
+    check_space(out, (len(quants) + 3) * sum(entry.nbytes for entry in open_base(run, recorded.config).entries))
     name = re.sub(r"[^\w.-]+", "-", recorded.name)
     with written_whole(out) as folder:
         model = folder / ".merged"
@@ -145,10 +155,12 @@ def export_gguf(
         (folder / f".{QUANTIZE_FROM}.gguf").unlink(missing_ok=True)
         checked = tuple(check_language(file, model) for file in files)
         tower = check_projector(projector, model)
-        command = _serve_command(recorded, files[0].name, projector.name)
+        limits = _image_options(recorded)
+        asked = None if tools.ask is None else ask_picture(tools.ask, files[0], projector, limits)
+        command = _serve_command(recorded, files[0].name, projector.name, limits)
         write_modelfile(folder, recorded.config, load_processor(str(model)), (files[0].name, projector.name))
         shutil.rmtree(model)
-        converted = Converted(out, checked, tower, merged, command)
+        converted = Converted(out, checked, tower, merged, command, asked)
         write_card(folder, recorded, library="gguf", use=f"```sh\n{command}\n```", notes=list(merged.notes))
         write_record(folder, {"to": "gguf"} | converted.to_json())
     return converted
@@ -199,11 +211,22 @@ def _hint(said: str) -> str:
     return "Update llama.cpp (git pull), or report it there if its newest version fails too."
 
 
-def _serve_command(recorded: Recorded, model: str, projector: str) -> str:
-    limits, config = image_limits(recorded.config), recorded.config
-    area = limits["max_pixels"] // config.data.image.max_tokens
-    least = limits["min_pixels"] // area
-    return (
-        f"llama-server -m {model} --mmproj {projector} --jinja -c {longest_prompt(config)} "
-        f"--image-min-tokens {least} --image-max-tokens {config.data.image.max_tokens}"
-    )
+def _image_options(recorded: Recorded) -> list[str]:
+    """llama.cpp counts tokens where the processor counts pixels; a GGUF file holds neither limit."""
+    limits, most = image_limits(recorded.config), recorded.config.data.image.max_tokens
+    least = limits["min_pixels"] * most // limits["max_pixels"]
+    return ["--image-min-tokens", str(least), "--image-max-tokens", str(most)]
+
+
+def _serve_command(recorded: Recorded, model: str, projector: str, limits: list[str]) -> str:
+    command = [
+        "llama-server",
+        "-m",
+        model,
+        "--mmproj",
+        projector,
+        "--jinja",
+        "-c",
+        str(longest_prompt(recorded.config)),
+    ]
+    return shlex.join([*command, *limits])

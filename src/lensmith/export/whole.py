@@ -53,6 +53,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     Everything is on disk before the rename. An earlier export there is replaced; until then it stays as it is.
     Raises RunError for a folder of something else, and where the disk is full.
     """
+    folder = folder.resolve()
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
