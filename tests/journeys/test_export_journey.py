@@ -154,20 +154,24 @@ def test_the_vllm_folder_serves_the_limits_of_training(runs, export):
     told = export(runs["lora"], "--to", "vllm")
     folder, command = Path(told["folder"]), told["command"]
     assert command[:5] == ["vllm", "serve", "./model", "--served-model-name", "lora"]
-    assert json.loads(command[command.index("--mm-processor-kwargs") + 1]) == {"min_pixels": 4096, "max_pixels": 40960}
+    limits = json.loads(command[command.index("--mm-processor-kwargs") + 1])
+    assert limits == {"size": {"shortest_edge": 4096, "longest_edge": 40 * 1024}}
     assert (folder / "model" / "config.json").is_file()
     assert shlex.join(command) in (folder / "serve.sh").read_text()
     subprocess.run(["sh", "-n", folder / "serve.sh"], check=True)
     ast.parse((folder / "client.py").read_text())
 
 
-def test_the_limits_on_the_command_line_are_those_that_the_processor_then_has(runs, export):
+def test_the_limits_on_the_command_line_are_what_a_processor_takes(runs, export):
     told = export(runs["lora"], "--to", "vllm", "--lora")
     limits = json.loads(told["command"][told["command"].index("--mm-processor-kwargs") + 1])
-    # As vLLM makes it: the base's processor with these arguments. The videos' limits stay the base's.
-    processor, plain = AutoProcessor.from_pretrained(TINY, **limits), AutoProcessor.from_pretrained(TINY)
-    assert processor.image_processor.size["longest_edge"] == 40 * 1024
-    assert processor.video_processor.size == plain.video_processor.size
+    picture, text = Image.new("RGB", (640, 640)), ["<|vision_start|><|image_pad|><|vision_end|>"]
+    # As vLLM does it: the base's processor made and called with these arguments.
+    made = AutoProcessor.from_pretrained(TINY, **limits)
+    cut = made(text=text, images=[picture], return_tensors="pt", **limits)
+    own = AutoProcessor.from_pretrained(told["folder"] + "/adapter")(text=text, images=[picture], return_tensors="pt")
+    assert torch.equal(cut["image_grid_thw"], own["image_grid_thw"])
+    assert int(own["image_grid_thw"].prod()) <= 4 * 40
 
 
 def test_vllm_is_given_a_rank_it_knows_for_an_adapter(runs, export, refuse):

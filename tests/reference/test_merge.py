@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lensmith.config.read import read_config
 from lensmith.errors import ConfigError, ModelError, RunError
 from lensmith.export import merge as merging
+from lensmith.export.base import EMBEDDING, HEAD
 from lensmith.export.merge import merge_run
 from lensmith.export.whole import RECORD
 from lensmith.model.adapters import ADAPTER_CONFIG, load_tuned, prepare_trainable, save_tuned
@@ -318,6 +319,18 @@ def test_weights_that_the_run_before_had_trained_are_merged_too(make_run, tmp_pa
     assert f"{len(theirs)} tensors that {before.path / 'tuned'} had trained itself" in merged.notes[0]
 
 
+def test_an_adapter_on_weights_that_the_run_before_had_trained_is_added_to_those(make_run, inputs, tmp_path):
+    before = make_run("tune.language=frozen", "tune.merger=trained")
+    run = make_run(f"tune.start_from={before.path}", "tune.merger=adapted", "tune.language=frozen")
+    merge_run(run, run.path, tmp_path / "merged")
+    model = stock(TINY)
+    model.load_state_dict(load_file(before.path / "tuned" / "trained.safetensors"), strict=False)
+    earlier = logits(model, inputs)
+    theirs = logits(PeftModel.from_pretrained(model, run.path / "tuned"), inputs)
+    ours = logits(stock(tmp_path / "merged"), inputs)
+    assert float((ours - theirs).abs().mean()) < 0.1 * float((theirs - earlier).abs().mean())
+
+
 def test_an_adapter_that_got_no_update_is_named(make_run, tmp_path):
     run = make_run("tune.rank=5")
     path = run.path / "tuned" / "adapter_model.safetensors"
@@ -345,3 +358,20 @@ def test_the_files_that_older_readers_look_at_have_the_limits_too(make_run, tmp_
     assert older == {"size": {"shortest_edge": 4096, "longest_edge": 40 * 1024}, "patch_size": 16}
     assert "LICENSE" in merged.files
     assert "README.md" not in merged.files
+
+
+def test_a_tied_head_that_the_base_also_stores_follows_the_embedding(make_run, tmp_path):
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in TINY.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    tensors = read_all(TINY)
+    save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    run = make_run(f"model={base}", "tune.method=full")
+    merged = merge_run(run, run.path, tmp_path / "merged")
+    ours = read_all(tmp_path / "merged")
+    assert torch.equal(ours[HEAD], ours[EMBEDDING])
+    assert not torch.equal(ours[EMBEDDING], tensors[EMBEDDING])
+    assert "also stores its tied head" in merged.notes[0]

@@ -161,7 +161,7 @@ def export_gguf(
         write_modelfile(folder, recorded.config, load_processor(str(model)), (files[0].name, projector.name))
         shutil.rmtree(model)
         converted = Converted(out, checked, tower, merged, command, asked)
-        write_card(folder, recorded, library="gguf", use=f"```sh\n{command}\n```", notes=list(merged.notes))
+        write_card(folder, recorded, library="gguf", use=f"```sh\n{command}\n```", notes=merged.sentences()[1:])
         write_record(folder, {"to": "gguf"} | converted.to_json())
     return converted
 
@@ -214,7 +214,7 @@ def _hint(said: str) -> str:
 def _image_options(recorded: Recorded) -> list[str]:
     """llama.cpp counts tokens where the processor counts pixels; a GGUF file holds neither limit."""
     limits, most = image_limits(recorded.config), recorded.config.data.image.max_tokens
-    least = limits["min_pixels"] * most // limits["max_pixels"]
+    least = limits["shortest_edge"] * most // limits["longest_edge"]
     return ["--image-min-tokens", str(least), "--image-max-tokens", str(most)]
 
 

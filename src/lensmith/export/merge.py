@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -21,7 +21,7 @@ from torch import Tensor
 from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError, ModelError
 from lensmith.export.base import EMBEDDING, HEAD, Base, copy_files, open_base
-from lensmith.export.changes import Change, read_changes, read_trained
+from lensmith.export.changes import Change, LowRank, OnTop, Replacement, read_changes, read_trained
 from lensmith.export.tensors import (
     FILE_BYTES,
     Entry,
@@ -106,7 +106,8 @@ class Merged:
             lines.append(
                 f"Trained beside NF4 weights: merging into {other} instead would give weights that differ by "
                 f"{error:.2%} (root mean square over {sum(t.nf4 is not None for t in self.changed)} linears), at most "
-                f"{worst.nf4:.2%} in {worst.name}."
+                f"{worst.nf4:.2%} in {worst.name}; what training changed is {_rms([t.change for t in trained]) or 0:.2%} "
+                "of the weights. `lensmith eval` on both tells what it means for answers."
             )
         return [*lines, *self.notes]
 
@@ -156,20 +157,9 @@ def merge_run(
     files = plan_files(base.entries, file_bytes)
     nbytes = sum(entry.nbytes for entry in base.entries)
     check_space(out, nbytes + SMALL_FILES_BYTES)
-    measured: list[MergedTensor] = []
     with written_whole(out) as folder:
         names = copy_files(base, run, config, folder)
-        done = 0
-        for file_name, entries in zip(file_names(len(files)), files, strict=True):
-            with (folder / file_name).open("wb") as file:
-                write_header(file, entries)
-                for entry in entries:
-                    found = _write_tensor(file, entry, base, changes.get(entry.name), into)
-                    measured += [] if found is None else [found]
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(base.entries))
-        write_index(folder, files)
+        measured = _write_weights(folder, files, base, changes, into, progress)
         merged = Merged(
             folder=out,
             base=base.name,
@@ -213,12 +203,14 @@ def _all_changes(config: RunConfig, source: Path) -> tuple[dict[str, Change], li
         return changes, []
     earlier = find_tuned(Path(config.tune.start_from)) / TRAINED_WEIGHTS
     inherited = read_trained(earlier) if earlier.is_file() else {}
-    if not (more := sorted(set(inherited) - set(changes))):
+    kept = {name: change for name, change in inherited.items() if not isinstance(changes.get(name), Replacement)}
+    if not kept:
         return changes, []
-    note = (
-        f"{len(more)} tensors that {earlier.parent} had trained itself are merged with this run's own, first {more[0]}."
-    )
-    return inherited | changes, [note]
+    for name, change in kept.items():
+        own = changes.get(name)
+        changes[name] = OnTop(change, own) if isinstance(own, LowRank) else change
+    note = f"{len(kept)} tensors that {earlier.parent} had trained itself are merged with this run's own, first {min(kept)}."
+    return changes, [note]
 
 
 def _check_fit(base: Base, source: Path, changes: dict[str, Change]) -> list[str]:
@@ -244,6 +236,30 @@ def _check_fit(base: Base, source: Path, changes: dict[str, Change]) -> list[str
         changes[HEAD] = changes[EMBEDDING]
         return [f"{base.name} also stores its tied head; it was written equal to the trained embedding."]
     return []
+
+
+def _write_weights(
+    folder: Path,
+    files: Sequence[Sequence[Entry]],
+    base: Base,
+    changes: Mapping[str, Change],
+    into: Into,
+    progress: Progress | None,
+) -> list[MergedTensor]:
+    """All files and their index; what was measured of the tensors that are not simply copied."""
+    measured: list[MergedTensor] = []
+    done, total = 0, sum(map(len, files))
+    for file_name, entries in zip(file_names(len(files)), files, strict=True):
+        with (folder / file_name).open("wb") as file:
+            write_header(file, entries)
+            for entry in entries:
+                found = _write_tensor(file, entry, base, changes.get(entry.name), into)
+                measured += [] if found is None else [found]
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    write_index(folder, files)
+    return measured
 
 
 def _write_tensor(file: BinaryIO, entry: Entry, base: Base, change: Change | None, into: Into) -> MergedTensor | None:

@@ -27,7 +27,7 @@ def export_merged(
     recorded = read_record(run, tuned)
 
     def finish(folder: Path, merged: Merged) -> None:
-        write_card(folder, recorded, library="transformers", use=USE, notes=list(merged.notes))
+        write_card(folder, recorded, library="transformers", use=USE, notes=merged.sentences()[1:])
         write_modelfile(folder, recorded.config, load_processor(str(folder)), ["."])
 
     return merge_run(run, tuned, out, into=into, progress=progress, finish=finish)

@@ -1,8 +1,8 @@
 """A folder from which vLLM serves the run with the pictures, the template and the lengths of training.
 
-Image limits are given twice: in the processor's files, and on the command line as min_pixels and max_pixels, which is the
-only place for them where an adapter is served beside its base. They go to the image processor alone; `size`, their other
-name, would reach the videos' too.
+Image limits are given twice: in the processor's files, and on the command line, the only place for them where an adapter is
+served beside its base. There they are called `size`, because transformers takes min_pixels and max_pixels away; `size` would
+reach videos too, which have limits of their own, so videos are turned off.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ The command is:
 
 ```sh
 {command}
-```"""
+```
+
+For videos take --mm-processor-kwargs and --limit-mm-per-prompt out of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ def export_vllm(
         (folder / "client.py").write_text(client, encoding="utf-8")
         served = Served(out, recorded.name, tuple(command), weights)
         use = USE.format(command=shlex.join(command))
-        write_card(folder, recorded, library="vllm", use=use, notes=list(weights.notes))
+        write_card(folder, recorded, library="vllm", use=use, notes=weights.sentences()[1:])
         write_record(folder, {"to": "vllm"} | served.to_json())
     return served
 
@@ -137,7 +139,6 @@ def _check_servable(adapter: Adapter) -> None:
 
 def serve_command(config: RunConfig, name: str, weights: Merged | Adapter) -> list[str]:
     """`vllm serve` with what training fixed; paths are relative to the exported folder."""
-    pixels = image_limits(config)
     command = ["vllm", "serve"]
     if isinstance(weights, Adapter):
         base = resolve_model(config.model) if config.model == TINY else config.model
@@ -151,16 +152,16 @@ def serve_command(config: RunConfig, name: str, weights: Merged | Adapter) -> li
         *("--chat-template", f"./{TEMPLATE}"),
         *("--max-model-len", str(longest_prompt(config))),
         *("--limit-mm-per-prompt", json.dumps({"image": IMAGES_PER_PROMPT, "video": 0})),
-        *("--mm-processor-kwargs", json.dumps(pixels)),
+        *("--mm-processor-kwargs", json.dumps({"size": image_limits(config)})),
         *("--host", "127.0.0.1", "--port", str(PORT)),
     ]
 
 
 def image_limits(config: RunConfig) -> dict[str, int]:
-    """Smallest and largest area of a picture after resizing, in pixels, as the run had them."""
+    """Smallest and largest area of a picture after resizing, in pixels, by the names that the processor has for them."""
     encoder = Encoder.from_processor(load_processor(config.model), config.data.image, config.data.video)
     area = encoder.geometry.token_px**2
-    return {"min_pixels": encoder.min_tokens * area, "max_pixels": encoder.max_tokens * area}
+    return {"shortest_edge": encoder.min_tokens * area, "longest_edge": encoder.max_tokens * area}
 
 
 def longest_prompt(config: RunConfig) -> int:
