@@ -271,21 +271,6 @@ def evaluate(
     return result.to_json()
 
 
-@app.command(epilog='Example: lensmith ask runs/sft receipt.png "What is the total?"')
-def ask(
-    subject: Subject,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
-    json: Json = False,
-) -> dict[str, Any]:
-    """Ask one question about one image."""
-    from lensmith.train.evaluate import ask_subject
-
-    answer = ask_subject(subject, image, question, say=_say)
-    _say(answer)
-    return {"answer": answer}
-
-
 @app.command("config", epilog="Examples: lensmith config; lensmith config run.yaml tune.rank=32")
 def show_config(
     source: Annotated[str | None, typer.Argument(metavar="RUN.YAML", help="By default the schema as a table.")] = None,
@@ -443,6 +428,8 @@ def _say(text: Any) -> None:
 
     Console(file=sys.stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
+
+from lensmith import cli_serve  # noqa: E402, F401  (verbs of their own modules, which need what stands above)
 
 if __name__ == "__main__":
     sys.exit(main())
