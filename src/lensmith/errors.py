@@ -89,5 +89,9 @@ class RewardError(LensmithError):
     """A reward cannot judge a completion: it raised, answered with something else than numbers, or lacks a column."""
 
 
+class EndpointError(LensmithError):
+    """A server that is asked for answers cannot be reached, refuses, or answers as none should."""
+
+
 class Interrupted(RunError):
     """Ctrl-C: what was done so far is saved, and the message says how to go on."""

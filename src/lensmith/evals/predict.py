@@ -110,12 +110,7 @@ def evaluate_model(
     Raises:
         DataError: a sample has no answer to compare with, or there are no samples.
     """
-    for sample in samples:
-        if not sample.answer.strip():
-            raise DataError(
-                f"{sample.where}: no answer to compare with (0 characters). "
-                "Give the row an answer or take it out of data.test; to only see answers, use `lensmith ask`."
-            )
+    check_answers(samples)
     started = time.perf_counter()
     predictions = answer_samples(
         model,
@@ -130,6 +125,16 @@ def evaluate_model(
     if keep is not None:
         write_predictions(predictions, keep)
     return score_predictions(predictions, settings, eval_s=eval_s)
+
+
+def check_answers(samples: Sequence[Sample]) -> None:
+    """Raise DataError where a sample has no answer to compare with."""
+    for sample in samples:
+        if not sample.answer.strip():
+            raise DataError(
+                f"{sample.where}: no answer to compare with (0 characters). "
+                "Give the row an answer or take it out of data.test; to only see answers, use `lensmith ask`."
+            )
 
 
 def score_predictions(predictions: Sequence[Prediction], settings: Eval, *, eval_s: float = 0.0) -> EvalResult:

@@ -38,7 +38,7 @@ def ask_subject(
     if not image.is_file():
         raise DataError(f"{image}: no such picture, so there is nothing to ask about. Give the path of an image file.")
     opened = open_subject(subject, say=say)
-    if with_base and len(opened.kinds) < 2:
+    if with_base and set(opened.kinds) != {"base", "tuned"}:
         raise ModelError(
             f"{subject}: only its {opened.kinds[0]} model can answer here, so there are not two to compare. "
             "Leave out --base, or give a run that trained an adapter."
