@@ -325,7 +325,7 @@ def test_a_taken_port_is_named_before_anything_is_loaded():
 
 @pytest.fixture
 def endless(monkeypatch):
-    """The model cannot end an answer; the longest one would take it a minute."""
+    """The model cannot end an answer; one of 2,000 tokens takes it half a minute."""
     plain = generate.greedy_settings
 
     def settings(*arguments):
@@ -347,7 +347,7 @@ def until(condition, within_s=5.0):
 def test_the_line_is_bounded_and_who_leaves_frees_it(served, endless, stream):
     port, app = served
     line = app.state.chat.line
-    body = json.dumps(question(stream=stream, max_tokens=MAX_NEW_TOKENS)).encode()
+    body = json.dumps(question(stream=stream, max_tokens=2_000)).encode()
     callers = []
     for expected in (1, 2):
         caller = http.client.HTTPConnection("127.0.0.1", port, timeout=10)

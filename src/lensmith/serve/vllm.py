@@ -96,7 +96,8 @@ def vllm_command(
     """
     area = geometry.token_px**2
     least = geometry.min_tokens if config.data.image.min_tokens is None else config.data.image.min_tokens
-    pixels = {"min_pixels": least * area, "max_pixels": config.data.image.max_tokens * area}
+    # Areas in pixels, despite the names; read by vLLM when it counts tokens and by transformers when it resizes.
+    pixels = {"size": {"shortest_edge": least * area, "longest_edge": config.data.image.max_tokens * area}}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder), "--served-model-name", "base"),
