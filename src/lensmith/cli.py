@@ -449,6 +449,3 @@ def _say(text: Any) -> None:
 
 
 from lensmith import cli_serve  # noqa: E402, F401  (verbs of their own modules, which need what stands above)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,16 @@
 """A served run answers on a real port as it does at home, to those it should, and lets go of those who leave."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
+import os
+import re
+import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -14,6 +19,7 @@ from contextlib import contextmanager
 import pytest
 import uvicorn
 from PIL import Image
+from tests.journeys.test_page_in_browser import BROWSER
 
 from lensmith import cli
 from lensmith.config.read import read_config
@@ -23,6 +29,7 @@ from lensmith.model.adapters import load_tuned
 from lensmith.model.load import load_model
 from lensmith.serve import generate
 from lensmith.serve.app import Limits, build_app
+from lensmith.serve.ask import printable
 from lensmith.serve.generate import Sampling
 from lensmith.serve.schema import MAX_NEW_TOKENS
 from lensmith.serve.start import LOOPBACK_NAMES, bind_address
@@ -393,6 +400,54 @@ def test_the_page_runs_its_own_script_and_nothing_else(port):
     assert "http://" not in page
     assert "https://" not in page
     assert reply.headers["access-control-allow-origin"] is None
+
+
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on this machine; everything but the script is tested without one"
+)
+def test_a_browser_runs_the_page_under_its_policy(port):
+    """The answers' places are made by the script, so they are there where the policy let it run."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom",
+               "--virtual-time-budget=2000", f"http://127.0.0.1:{port}/"]  # fmt: skip
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.findall(r"<article class=\"card answer (\w+)\"><h2>(\w+)</h2>", dumped) == [
+        ("base", "Base"),
+        ("tuned", "Tuned"),
+    ]
+
+
+def test_serve_answers_until_it_is_stopped_and_that_is_no_error(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    with bind_address("127.0.0.1", 0, None) as free:
+        port = free.getsockname()[1]
+    told = []
+
+    def look_and_stop():
+        while not told:
+            with contextlib.suppress(OSError):
+                told.append(call(port, body=question(model="lora")))
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=look_and_stop)
+    watcher.start()
+    code = cli.main(["serve", "lora", "--port", str(port), "--json"])
+    watcher.join()
+    out, err = capsys.readouterr()
+    assert (code, told[0][0]) == (0, 200)
+    url = f"http://127.0.0.1:{port}"
+    assert json.loads(out) == {"url": url, "models": ["tuned", "base", "lora"], "answered": 1}
+    assert err.splitlines() == [
+        "Engine: transformers, because vLLM is not installed.",
+        "lensmith/tiny: fp32 on the CPU.",
+        f"Serving lora, tuned and base, without a token. Try it: {url}/",
+        f"For OpenAI clients: base_url={url}/v1. Stop with Ctrl-C.",
+        "Stopped.",
+    ]
+
+
+def test_an_answer_cannot_steer_the_terminal():
+    assert printable("a\x1b[2Jb\n\tc\r é") == r"a\x1b[2Jb" + "\n\tc" + r"\r" + " é"
 
 
 def test_a_name_that_is_nothing_is_said(subject):

@@ -54,7 +54,7 @@ class Gate:
             return
         scheme, _, given = authorization.partition(" ")
         # compare_digest takes as long for a token that is right but for its last letter as for one that is all wrong.
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.token.encode()):
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode()):
             return
         what = "the token is wrong" if authorization else "this server asks for a token"
         raise Refused(

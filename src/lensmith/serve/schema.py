@@ -132,11 +132,10 @@ def _explain(cause: ValidationError) -> Refused:
         return Refused(400, "unknown_field", readable(sentence), param=place)
     if fault["type"] == "missing":
         return Refused(400, "missing_field", f"{place} is missing; add it.", param=place)
-    given = (
-        fault["input"] if isinstance(fault["input"], str | int | float | bool | None) else type(fault["input"]).__name__
-    )
+    scalar = isinstance(fault["input"], str | int | float | bool | None)
+    given = f", and it is {fault['input']!r}" if scalar else ""
     message = fault["msg"][:1].lower() + fault["msg"][1:]
-    return Refused(400, "invalid_value", readable(f"{place}: {message}, and it is {given!r}."), param=place)
+    return Refused(400, "invalid_value", readable(f"{place}: {message}{given}."), param=place)
 
 
 def _place(steps: tuple[int | str, ...]) -> str:

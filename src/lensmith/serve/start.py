@@ -12,7 +12,7 @@ from lensmith.errors import ConfigError
 
 TOKEN_VARIABLE = "LENSMITH_TOKEN"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 32
 """At once; each may hold one upload in memory."""
 LEAVE_S = 3
 """Given to answers under way when the server is stopped."""
@@ -93,11 +93,13 @@ def serve_subject(
 
     with bind_address(host, port, token) as opened:
         address, port = opened.getsockname()[:2]
-        hosts = {*LOOPBACK_NAMES, host.lower()} if is_loopback(address) else None
+        hosts = sorted({*LOOPBACK_NAMES, host.lower()}) if is_loopback(address) else None
         served = open_subject(subject, say=say)
-        app = build_app(served, Limits(max_upload_mib, max_waiting), token=token, hosts=hosts)
+        app = build_app(served, Limits(max_upload_mib, max_waiting), token=token or None, hosts=hosts)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        say(f"Serving {' and '.join(served.names)}, {'with' if token else 'without'} a token. Look at it: {url}/")
+        say(
+            f"Serving {served.name}, {' and '.join(served.kinds)}, {'with' if token else 'without'} a token. Try it: {url}/"
+        )
         say(f"For OpenAI clients: base_url={url}/v1. Stop with Ctrl-C.")
         settings = uvicorn.Config(
             app,
