@@ -53,8 +53,8 @@ def serve(
     from lensmith.serve.start import bind_address, serve_subject
     from lensmith.serve.vllm import choose_engine, exec_vllm
 
+    bind_address(host, port, token).close()  # what cannot be listened on is refused before anything is looked at
     if choose_engine(engine, subject, _say) == "vllm":
-        bind_address(host, port, token).close()
         exec_vllm(subject, host=host, port=port, token=token)
     return serve_subject(
         subject, host=host, port=port, token=token, max_upload_mib=max_upload_mib, max_waiting=max_waiting, say=_say

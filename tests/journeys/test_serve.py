@@ -49,7 +49,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     rows = []
     for colour, answer in COLOURS.items():
-        Image.new("RGB", (320, 200), colour).save(folder / f"{colour}.png")
+        Image.new("RGB", (640, 400), colour).save(folder / f"{colour}.png")
         rows += [{"image": f"{colour}.png", "question": q, "answer": answer} for q in (QUESTION, "Name the colour.")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
@@ -147,6 +147,7 @@ def test_base_and_tuned_answer_as_they_do_at_home_whichever_is_asked_first(place
             status, answer = call(port, body=question(data_url((place / f"{colour}.png").read_bytes()), model=which))
             assert (status, answer["model"], answer["choices"][0]["finish_reason"]) == (200, which, "stop")
             said.append(answer["choices"][0]["message"]["content"].strip())
+            assert 50 < answer["usage"]["prompt_tokens"] < 64 + 20, "the picture costs what data.image allows, not 240"
         assert said == at_home["base" if which == "base" else "tuned"]
 
 
@@ -191,6 +192,17 @@ def test_trained_components_go_back_to_the_base_and_come_again(place):
         assert base[name].equal(own[name.removeprefix("base_model.model.")])
     opened.answer("tuned", sample, Sampling(1))
     assert all(weights()[name].equal(tuned[name]) for name in tuned)
+
+
+def test_a_base_that_has_no_room_is_not_served_and_it_is_said(place, monkeypatch):
+    monkeypatch.setattr("lensmith.serve.subject._free_host_bytes", lambda: 1000)
+    said = []
+    opened = open_subject(str(place / "merger"), say=said.append)
+    assert set(opened.names) == {"tuned", "merger"}
+    assert said[-1] == (
+        "Only the tuned model answers: it trained 0.0 GiB of own weights, and the base's version of them is over 50% of the "
+        "0.0 GiB of free host memory. For the base, serve lensmith/tiny."
+    )
 
 
 def test_models_and_health_are_told(port):

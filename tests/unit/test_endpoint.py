@@ -149,6 +149,13 @@ def test_a_busy_server_is_asked_again_and_as_late_as_it_wants(encoder, waits):
     assert waits == [1, 7, 4]
 
 
+def test_waiting_is_told_once(encoder, waits):
+    said = []
+    with server((503, {}), (503, {}), reply()) as (url, _):
+        answer_through_endpoint(Endpoint(url, "m"), [sample()], encoder, max_new_tokens=7, say=said.append)
+    assert said == ["rows.jsonl:1: 503 {}. Asking again in 1 s; further waits are not told."]
+
+
 def test_a_server_that_stays_busy_or_away_is_given_up_in_one_sentence(encoder, waits):
     with server((429, {"error": {"message": "Line full."}})) as (url, asked), pytest.raises(EndpointError) as told:
         ask(url, encoder, [sample()], model="m")
@@ -158,7 +165,7 @@ def test_a_server_that_stays_busy_or_away_is_given_up_in_one_sentence(encoder, w
         f"rows.jsonl:1: {url}/v1 did not answer in 6 tries; at last: 429 Line full. "
         "Look whether the server runs and at this address; where it is busy, lower --endpoint-concurrency."
     )
-    with pytest.raises(EndpointError, match=r"the list of models: .* did not answer in 6 tries; at last: .*refused"):
+    with pytest.raises(EndpointError, match=r"the list of models: .* did not answer in 1 try; at last: .*refused"):
         ask(url, encoder, [sample()])
 
 

@@ -80,8 +80,8 @@ def answer_through_endpoint(
                 "Take such rows out of data.test, or evaluate without --endpoint."
             )
     sizes = [encoder.encode_prompt(sample).images for sample in samples]
-    client = _Client(endpoint)
-    model = endpoint.model or _first_model(client, say)
+    client = _Client(endpoint, say)
+    model = endpoint.model or _first_model(client)
     done: dict[int, Prediction] = {}
     with ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="asking") as pool:
         asked = {
@@ -101,14 +101,15 @@ def answer_through_endpoint(
     return [done[index] for index in range(len(samples))]
 
 
-def _first_model(client: _Client, say: Callable[[str], None]) -> str:
-    listed = client.call("models", None, "the list of models")
+def _first_model(client: _Client) -> str:
+    # Asked once: who mistyped the address wants to know now.
+    listed = client.call("models", None, "the list of models", tries=1)
     try:
         names = [str(entry["id"]) for entry in listed["data"]]
         name = names[0]
     except (TypeError, KeyError, IndexError) as cause:
         raise client.odd("the list of models", listed) from cause
-    say(f"Asking {name!r} at {client.base}, the first of {', '.join(names)}; --endpoint-model names another.")
+    client.say(f"Asking {name!r} at {client.base}, the first of {', '.join(names)}; --endpoint-model names another.")
     return name
 
 
@@ -172,7 +173,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class _Client:
     """Asks one server, again where it is busy; may be used by several threads."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, say: Callable[[str], None]) -> None:
+        self.say, self._has_waited = say, False
         parts = urlsplit(endpoint.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(
@@ -187,14 +189,14 @@ class _Client:
         proxies = [urllib.request.ProxyHandler({})] if _is_loopback(parts.hostname) else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
-    def call(self, path: str, content: dict[str, Any] | None, where: str) -> Any:
+    def call(self, path: str, content: dict[str, Any] | None, where: str, *, tries: int = TRIES) -> Any:
         """The JSON object that the server answers with; None as content makes it a GET.
 
         Raises:
-            EndpointError: after TRIES, or at once where asking again would not help.
+            EndpointError: after `tries`, or at once where asking again would not help.
         """
         body = None if content is None else json.dumps(content, ensure_ascii=False).encode()
-        for tried in range(1, TRIES + 1):
+        for tried in range(1, tries + 1):
             wait_s = min(FIRST_WAIT_S * 2 ** (tried - 1), LONGEST_WAIT_S)
             try:
                 request = urllib.request.Request(f"{self.base}/{path}", body, self._headers)
@@ -207,11 +209,14 @@ class _Client:
                 wait_s = _asked_wait_s(cause) or wait_s
             except (urllib.error.URLError, http.client.HTTPException, OSError) as cause:
                 what, fault = str(getattr(cause, "reason", cause) or type(cause).__name__), cause
-            if tried == TRIES or self.closed:
+            if tried == tries or self.closed:
                 raise EndpointError(
-                    f"{where}: {self.base} did not answer in {tried} tries; at last: {what}. "
+                    f"{where}: {self.base} did not answer in {tried} {'try' if tried == 1 else 'tries'}; at last: {what}. "
                     "Look whether the server runs and at this address; where it is busy, lower --endpoint-concurrency."
                 ) from fault
+            if not self._has_waited:
+                self._has_waited = True
+                self.say(f"{where}: {what}. Asking again in {wait_s:.0f} s; further waits are not told.")
             time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 

@@ -109,7 +109,7 @@ def open_subject(subject: str, *, say: Callable[[str], None]) -> Subject:
     name = run.path.resolve().name if tuned == run.path else f"{run.path.resolve().name}/{tuned.name}"
     waiting = _base_tensors(loaded.model, source)
     if waiting is None:
-        say(_no_room_sentence(source))
+        say(_no_room_sentence(source, config.model))
     model = load_tuned(loaded.model, source)
     kinds: tuple[Which, ...] = ("tuned",) if waiting is None else ("tuned", "base")
     return Subject(name, loaded.processor, config, model, kinds, waiting or {})
@@ -127,11 +127,11 @@ def _base_tensors(model: nn.Module, source: Path) -> dict[str, Tensor] | None:
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in places.items()}
 
 
-def _no_room_sentence(source: Path) -> str:
+def _no_room_sentence(source: Path, base: str) -> str:
     gib = (source / TRAINED_WEIGHTS).stat().st_size / GIB
     return (
         f"Only the tuned model answers: it trained {gib:.1f} GiB of own weights, and the base's version of them is over "
-        f"{HOST_SHARE:.0%} of the {_free_host_bytes() / GIB:.1f} GiB of free host memory. For the base, serve its name."
+        f"{HOST_SHARE:.0%} of the {_free_host_bytes() / GIB:.1f} GiB of free host memory. For the base, serve {base}."
     )
 
 
