@@ -253,6 +253,9 @@ def test_pictures_are_bounded_and_never_fetched(port):
     )
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     assert "the picture is EPS; send one of JPEG" in refusal(call(port, body=question(data_url(postscript))), 400)
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    assert "its pixels cannot be decoded" in refusal(call(port, body=question(data_url(buffer.getvalue()[:1000]))), 400)
     assert "base64 is broken" in refusal(call(port, body=question("data:image/png;base64,a b")), 400)
     buffer = io.BytesIO()
     Image.new("RGB", (2100, 10)).save(buffer, "PNG")
@@ -382,6 +385,23 @@ def test_the_line_is_bounded_and_who_leaves_frees_it(served, endless, stream):
     callers[0].close()  # leaves while being answered
     until(lambda: line.inside == 0)
     assert call(port, body=question(max_tokens=2))[0] == 200
+
+
+@pytest.mark.parametrize("broken", ["lensmith.serve.generate.pad_prompts", "lensmith.serve.schema.read_header"])
+def test_a_bug_is_a_reply_without_its_secrets_and_the_next_question_is_answered(
+    place, port, monkeypatch, capfd, broken
+):
+    def raise_bug(*_):
+        raise ValueError("something of this machine")
+
+    asked = question(data_url((place / "red.png").read_bytes()))
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, raise_bug)
+        for stream in (True, False):
+            message = refusal(call(port, body=asked | {"stream": stream}), 500)
+            assert message.startswith("a bug in Lensmith (ValueError); what the server prints has the traceback")
+    assert capfd.readouterr().err.count("ValueError: something of this machine") == 2
+    assert call(port, body=asked)[0] == 200
 
 
 # --- the verbs ----------------------------------------------------------------------------------------------------------

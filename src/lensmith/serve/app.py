@@ -88,10 +88,10 @@ class Chat:
             body = await read_body(Request(scope, receive), self.limits.max_upload_mib)
             asked, sample = await asyncio.to_thread(read_chat, body)
             reply = self._reply(asked, scope, send)
-        except Refused as refused:
-            await refused.response()(scope, receive, send)
         except ClientDisconnect:
             return
+        except Exception as error:  # noqa: BLE001 (as in _answer)
+            await explain(error).response()(scope, receive, send)
         else:
             await while_connected(receive, self._answer(asked, sample, reply))
 
@@ -118,7 +118,7 @@ class Chat:
                             await reply.end(piece)
                         else:
                             await reply.add(piece)
-        except Exception as error:  # noqa: BLE001 (the one place where what goes wrong becomes a reply; bugs are shown)
+        except Exception as error:  # noqa: BLE001 (whatever goes wrong becomes a reply; bugs are shown on stderr)
             await reply.fail(explain(error))
 
 
@@ -135,5 +135,8 @@ def explain(error: Exception) -> Refused:
         sentence = f"GPU memory ran out: {str(error).splitlines()[0]} Send fewer pictures, or lower max_tokens."
         return Refused(503, "out_of_memory", sentence)
     traceback.print_exception(error, file=sys.stderr)
-    sentence = f"{type(error).__name__}: {error}. This is a bug in Lensmith; the server's own output has the traceback."
+    # Not what the error says: it may hold what is none of the caller's business.
+    sentence = (
+        f"a bug in Lensmith ({type(error).__name__}); what the server prints has the traceback, please report it."
+    )
     return Refused(500, "bug", sentence)
