@@ -254,36 +254,40 @@ def train(
     return result.to_json()
 
 
-@app.command("eval", epilog="Examples: lensmith eval runs/sft; lensmith eval lensmith/tiny test.jsonl")
+@app.command(
+    "eval",
+    epilog="Examples: lensmith eval runs/sft; lensmith eval lensmith/tiny test.jsonl; "
+    "lensmith eval runs/sft --endpoint http://127.0.0.1:8000/v1",
+)
 def evaluate(
     subject: Subject,
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="Questions; by default those the run held out.")
     ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask this OpenAI-compatible server instead, on the same pixels.")
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of its models; by default the first it lists.")
+    ] = None,
+    endpoint_token: Annotated[
+        str | None, typer.Option(envvar="LENSMITH_TOKEN", help="What it asks for; better by LENSMITH_TOKEN.")
+    ] = None,
+    endpoint_concurrency: Annotated[int, typer.Option(help="Questions that it is asked at once.", min=1)] = 8,
     json: Json = False,
 ) -> dict[str, Any]:
     """Answer questions and score the answers, before and after training, with intervals."""
-    from lensmith.train.evaluate import evaluate_subject
+    from lensmith.evals.endpoint import Endpoint
+    from lensmith.train.evaluate import evaluate_endpoint, evaluate_subject
     from lensmith.train.progress import CountProgress
 
     with CountProgress("answering") as answered:
-        result = evaluate_subject(subject, data, say=_say, progress=answered)
+        if endpoint is None:
+            result = evaluate_subject(subject, data, say=_say, progress=answered)
+        else:
+            server = Endpoint(endpoint, endpoint_model, endpoint_token, endpoint_concurrency)
+            result = evaluate_endpoint(subject, server, data, say=_say, progress=answered)
     return result.to_json()
-
-
-@app.command(epilog='Example: lensmith ask runs/sft receipt.png "What is the total?"')
-def ask(
-    subject: Subject,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
-    json: Json = False,
-) -> dict[str, Any]:
-    """Ask one question about one image."""
-    from lensmith.train.evaluate import ask_subject
-
-    answer = ask_subject(subject, image, question, say=_say)
-    _say(answer)
-    return {"answer": answer}
 
 
 @app.command("config", epilog="Examples: lensmith config; lensmith config run.yaml tune.rank=32")
@@ -444,7 +448,4 @@ def _say(text: Any) -> None:
     Console(file=sys.stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-from lensmith import cli_export  # noqa: E402, F401  (a verb of its own module, which needs what stands above)
-
-if __name__ == "__main__":
-    sys.exit(main())
+from lensmith import cli_export, cli_serve  # noqa: E402, F401  (verbs of their own modules, which need what stands above)

@@ -93,5 +93,9 @@ class MetricError(LensmithError):
     """A metric cannot judge an answer: it raised, answered with something else than a number from 0 to 1, or lacks a column."""
 
 
+class EndpointError(LensmithError):
+    """A server that is asked for answers cannot be reached, refuses, or answers as none should."""
+
+
 class Interrupted(RunError):
     """Ctrl-C: what was done so far is saved, and the message says how to go on."""

@@ -82,12 +82,7 @@ def evaluate_model(
     Raises:
         DataError: a sample has no answer to compare with, or there are no samples.
     """
-    for sample in samples:
-        if not sample.answer.strip():
-            raise DataError(
-                f"{sample.where}: no answer to compare with (0 characters). "
-                "Give the row an answer or take it out of data.test; to only see answers, use `lensmith ask`."
-            )
+    check_answers(samples)
     started = time.perf_counter()
     predictions = answer_samples(
         model,
@@ -102,6 +97,16 @@ def evaluate_model(
     if keep is not None:
         write_predictions(predictions, keep)
     return score_predictions(predictions, settings, eval_s=eval_s)
+
+
+def check_answers(samples: Sequence[Sample]) -> None:
+    """Raise DataError where a sample has no answer to compare with."""
+    for sample in samples:
+        if not sample.answer.strip():
+            raise DataError(
+                f"{sample.where}: no answer to compare with (0 characters). "
+                "Give the row an answer or take it out of data.test; to only see answers, use `lensmith ask`."
+            )
 
 
 def draw_samples(samples: Sequence[T], count: int | None, seed: int) -> list[T]:
@@ -142,7 +147,7 @@ def answer_samples(
     asked = zip(texts, samples, prompts, strict=True)
     texts = [restore_answer(text, sample, prompt.images) for text, sample, prompt in asked]
     return [
-        predict(sample, prompt, text, len(answer.ids), answer.stopped)
+        predict(sample, prompt.images, text, len(answer.ids), answer.stopped)
         for sample, prompt, text, answer in zip(samples, prompts, texts, answers, strict=True)
     ]
 

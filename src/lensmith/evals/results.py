@@ -16,7 +16,7 @@ from lensmith.evals.guess import guess_metric
 from lensmith.evals.metrics import Metric, Reference, accepted_answers
 from lensmith.evals.own_metrics import load_metric
 from lensmith.evals.score import Comparison, Judged, Score, compare_judged, judge_answers, score_answers, score_judged
-from lensmith.types import Encoded, Sample
+from lensmith.types import ImageSize, Sample
 
 MOST_COLUMN_CHARACTERS = 20_000
 """A column longer than this, as JSON, is not kept with the answers: a document, or a picture as text."""
@@ -85,9 +85,9 @@ class EvalResult:
         return sum(not prediction.stopped for prediction in self.predictions)
 
 
-def predict(sample: Sample, prompt: Encoded, answer: str, tokens: int, stopped: bool) -> Prediction:
-    """What one sample was asked and answered."""
-    pictures = [image for image in prompt.images if not sample.videos or image.ref in sample.images]
+def predict(sample: Sample, sizes: Sequence[ImageSize], answer: str, tokens: int, stopped: bool) -> Prediction:
+    """What one sample was asked and answered; `sizes` of its pictures, as its prompt has them."""
+    pictures = [image for image in sizes if not sample.videos or image.ref in sample.images]
     return Prediction(
         sample.where,
         sample.question,

@@ -6,23 +6,33 @@ is never asked about.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lensmith.config.tree import Data, RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.data.scan import Scan
 from lensmith.errors import DataError, RunError
 from lensmith.evals.degenerate import find_degenerate
+from lensmith.evals.endpoint import Endpoint, answer_through_endpoint
 from lensmith.evals.own_metrics import load_metric
-from lensmith.evals.predict import Progress, ask_model, draw_samples, evaluate_model
-from lensmith.evals.results import EvalResult, compare_results, kept_columns, read_predictions, score_predictions
+from lensmith.evals.predict import Progress, check_answers, draw_samples, evaluate_model
+from lensmith.evals.results import (
+    EvalResult,
+    compare_results,
+    kept_columns,
+    read_predictions,
+    score_predictions,
+    write_predictions,
+)
 from lensmith.evals.score import Score
 from lensmith.model.adapters import find_tuned, load_tuned
-from lensmith.model.load import Loaded, load_model
+from lensmith.model.load import choose_device, load_model, load_processor
 from lensmith.rundir import STEP_NAME, RunDir
 from lensmith.train.prepare import Prepared, Say, prepare_run, scan_one, scan_rows
 from lensmith.train.ranks import rank, speaker
@@ -172,7 +182,7 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
     for sentence in loaded.sentences:
         say(sentence)
     encoder = Encoder.from_processor(loaded.processor, config.data.image, config.data.video)
-    samples = _held_out_samples(config, encoder, loaded, say)
+    samples = _held_out_samples(config, encoder, loaded.device, say)
     suffix = f"-{Path(data).stem}" if data else ""
 
     def ask(model: Any, keep: Path | None) -> EvalResult:
@@ -192,15 +202,31 @@ def evaluate_subject(subject: str, data: str | None = None, *, say: Say, progres
     return evaluated
 
 
-def ask_subject(subject: str, image: Path, question: str, *, say: Say) -> str:
-    """One answer of a run's tuned model, of one of its checkpoints, or of a model, about one picture."""
-    run, tuned = find_run(subject)
-    config = run.read_config() if run.exists else RunConfig(model=subject)
-    if not image.is_file():
-        raise DataError(f"{image}: no such picture, so there is nothing to ask about. Give the path of an image file.")
-    loaded = load_model(config)
-    model: Any = load_tuned(loaded.model, find_tuned(tuned)) if run.exists else loaded.model
-    return ask_model(model, loaded.processor, image, question, budget=config.data.image)
+def evaluate_endpoint(
+    subject: str, endpoint: Endpoint, data: str | None = None, *, say: Say, progress: Progress | None = None
+) -> Evaluated:
+    """Score what a server answers to the questions of a run, or of `data`, with the pixels and the metric of that run.
+
+    Raises:
+        EndpointError: it does not answer.
+        RunError, DataError: there is nothing to ask.
+    """
+    run, _ = find_run(subject)
+    config = _subject_config(subject, data)
+    encoder = Encoder.from_processor(load_processor(config.model), config.data.image, config.data.video)
+    samples = _held_out_samples(config, encoder, choose_device(), say)
+    check_answers(samples)
+    tokens = config.eval.max_new_tokens
+    started = time.perf_counter()
+    predictions = answer_through_endpoint(endpoint, samples, encoder, max_new_tokens=tokens, say=say, progress=progress)
+    keep = run.predictions_path(f"endpoint-{Path(data).stem}" if data else "endpoint") if run.exists else None
+    if keep is not None:
+        write_predictions(predictions, keep)
+    scored = score_predictions(predictions, config.eval, eval_s=time.perf_counter() - started)
+    evaluated = Evaluated(None, scored, keep)
+    for sentence in evaluated.sentences():
+        say(sentence)
+    return evaluated
 
 
 def find_run(subject: str | Path) -> tuple[RunDir, Path]:
@@ -211,12 +237,12 @@ def find_run(subject: str | Path) -> tuple[RunDir, Path]:
     return RunDir(path), path
 
 
-def _held_out_samples(config: RunConfig, encoder: Encoder, loaded: Loaded, say: Say) -> list[Sample]:
+def _held_out_samples(config: RunConfig, encoder: Encoder, device: torch.device, say: Say) -> list[Sample]:
     """The questions of data.test: a file's, or those that the share holds out of data.train."""
     if isinstance(config.data.test, str):
-        scan = scan_one(config, encoder, loaded.device, "test", say)
+        scan = scan_one(config, encoder, device, "test", say)
     else:
-        _, scan = scan_rows(config, encoder, loaded.device, lambda _: None)
+        _, scan = scan_rows(config, encoder, device, lambda _: None)
     assert scan is not None, "_subject_config refuses data.test=null"
     return _drawn_samples(scan, config, say)
 
