@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lensmith.config.tree import Data, RunConfig
+from lensmith.config.tree import Data, Eval, RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.data.scan import Scan
 from lensmith.errors import DataError, RunError
@@ -99,20 +99,15 @@ def train_and_compare(
     if prepared.held_out is None or not len(prepared.held_out.rows) or rank() != 0:
         return Compared(_train(prepared, say=say, progress=train_progress), None)
     run, samples = prepared.run, _drawn_samples(prepared.held_out, config, say)
-    if (
-        config.task == "grpo"
-        and config.eval.metric == "auto"
-        and "math_boxed" in map(_reward_name, config.grpo.rewards)
-    ):
-        config = config.model_copy(update={"eval": config.eval.model_copy(update={"metric": "boxed"})})
+    settings = eval_settings(config)
 
     def ask(model: Any, name: str, progress: Progress | None = None) -> EvalResult:
         keep = run.predictions_path(name)
         return evaluate_model(
-            model, prepared.encoder, prepared.loaded.processor, samples, config.eval, keep=keep, progress=progress
+            model, prepared.encoder, prepared.loaded.processor, samples, settings, keep=keep, progress=progress
         )
 
-    before = _kept_answers(config, run, samples) or ask(prepared.model, "before", eval_progress)
+    before = _kept_answers(settings, run, samples) or ask(prepared.model, "before", eval_progress)
     say(f"Before training: {before.score}")
     trained = _train(
         prepared,
@@ -124,6 +119,12 @@ def train_and_compare(
     for sentence in evaluated.sentences():
         say(sentence)
     return Compared(trained, evaluated)
+
+
+def eval_settings(config: RunConfig) -> Eval:
+    """The settings of the evaluation, where eval.metric=auto takes what the rewards compare."""
+    boxed = config.task == "grpo" and "math_boxed" in map(_reward_name, config.grpo.rewards)
+    return config.eval.model_copy(update={"metric": "boxed"}) if boxed and config.eval.metric == "auto" else config.eval
 
 
 def _reward_name(spec: str | dict[str, Any]) -> Any:
@@ -234,7 +235,7 @@ def _check_run(run: RunDir, config: RunConfig) -> None:
         run.check_same(config)
 
 
-def _kept_answers(config: RunConfig, run: RunDir, samples: list[Sample]) -> EvalResult | None:
+def _kept_answers(settings: Eval, run: RunDir, samples: list[Sample]) -> EvalResult | None:
     """The base model's answers, where an earlier start of this run asked it the same questions."""
     kept_path = run.predictions_path("before")
     if not kept_path.is_file() or run.latest_checkpoint() is None:  # else they may be answers of other settings
@@ -242,7 +243,7 @@ def _kept_answers(config: RunConfig, run: RunDir, samples: list[Sample]) -> Eval
     kept = read_predictions(kept_path)
     if [(p.where, p.question, p.reference) for p in kept] != [(s.where, s.question, s.answer) for s in samples]:
         return None
-    return score_predictions(kept, config.eval)
+    return score_predictions(kept, settings)
 
 
 def _score_json(result: EvalResult) -> dict[str, Any]:
