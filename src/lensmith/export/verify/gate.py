@@ -23,13 +23,20 @@ from lensmith.config.tree import RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.errors import LensmithError, ModelError
 from lensmith.evals.predict import EvalResult, Progress, evaluate_model
+from lensmith.export.merge import merge_run
 from lensmith.export.verify.agree import Logits, check_agree, distance, read_logits
 from lensmith.export.verify.answers import LEAST_QUESTIONS, check_blind, check_metric
 from lensmith.export.verify.check import NAMES, Check, Name, Stopwatch, Verified, not_run
 from lensmith.export.verify.inputs import check_inputs
 from lensmith.export.verify.material import Material, find_material, image_prompts
 from lensmith.export.verify.reload import load_plain, reload_tuned
-from lensmith.export.verify.tensors import check_changed, check_health, check_readable, tensor_names
+from lensmith.export.verify.tensors import (
+    check_changed,
+    check_health,
+    check_promised,
+    check_readable,
+    tensor_names,
+)
 from lensmith.export.whole import RECORD
 from lensmith.model.adapters import ADAPTER_CONFIG, TRAINED_WEIGHTS, find_tuned, load_tuned
 from lensmith.model.load import choose_device, choose_precision, load_model, load_processor, local_folder
@@ -54,6 +61,10 @@ class Gate:
     config: RunConfig
     tuned: Path
     base: Path
+    tied: bool
+    """Whether the head is the embedding."""
+    stored_in_four_bits: bool
+    """The base on disk."""
     device: torch.device
     dtype: torch.dtype
     encoder: Encoder
@@ -118,6 +129,7 @@ def verify_run(
 
 def _open_gate(run: RunDir, tuned: Path, questions: int, say: Say, progress: Progress | None) -> Gate:
     config, device = run.read_config(), choose_device()
+    architecture = read_architecture(config.model)
     processor = load_processor(config.model)
     encoder = Encoder.from_processor(processor, config.data.image, config.data.video)
     say(f"Verifying {tuned}, tuned from {config.model}.")
@@ -127,6 +139,8 @@ def _open_gate(run: RunDir, tuned: Path, questions: int, say: Say, progress: Pro
         config=config,
         tuned=tuned,
         base=local_folder(config.model),
+        tied=bool(architecture.tie_word_embeddings),
+        stored_in_four_bits=is_quantised_checkpoint(architecture),
         device=device,
         dtype=choose_precision(config.precision, device),
         encoder=encoder,
@@ -151,8 +165,13 @@ def _merged_folder(gate: Gate, run: RunDir, given: Path | None) -> Iterator[Path
             )
         yield given
         return
-    from lensmith.export.merge import merge_run
-
+    promised = None
+    if not gate.stored_in_four_bits:
+        promised = check_promised(FileShards(gate.base), gate.tuned, gate.config.tune, tied=gate.tied)
+    if promised is not None:
+        gate.settle(promised)
+        yield None
+        return
     with naming_full_disk(run.path), tempfile.TemporaryDirectory(dir=run.path, prefix=".verify-") as place:
         folder: Path | None = Path(place) / "merged"
         gate.say("Merging into a temporary folder.")
@@ -181,20 +200,18 @@ def _check_files(gate: Gate, merged: Path | None) -> None:
     if merged is None:
         return
     gate.say("Comparing the merged model with the base, tensor by tensor.")
-    architecture = read_architecture(gate.config.model)
     with watch.running("changed"):
-        if is_quantised_checkpoint(architecture):
+        if gate.stored_in_four_bits:
             gate.settle(
                 not_run("changed", "Not run: the base is stored in 4 bits, whose tensors no 16-bit model shares.")
             )
         else:
-            tied = bool(architecture.tie_word_embeddings)
             check = check_changed(
                 base,
                 FileShards(merged),
                 gate.tuned,
                 gate.config.tune,
-                tied=tied,
+                tied=gate.tied,
                 also=_inherited(gate.config),
                 into_dequantised=_is_dequantised(merged),
             )

@@ -79,6 +79,14 @@ def check_changed(
     return at_most("changed", sum(count for count, _ in faults), 0, told, " ".join(sentence for _, sentence in faults))
 
 
+def check_promised(base: Shards, tuned: Path, tune: Tune, *, tied: bool) -> Check | None:
+    """`changed`, failed, where the tuned files are not those that `tune` promises, so that nothing can be merged; else None."""
+    if not (faults := _tuned_faults(set(base.names()), tuned, tune, tied=tied)):
+        return None
+    told = "the tuned files are not those of this run, and cannot be merged"
+    return at_most("changed", sum(count for count, _ in faults), 0, told, " ".join(sentence for _, sentence in faults))
+
+
 def _compare_trained(
     base: Shards, merged: Shards, file: Path, trained: Collection[str]
 ) -> tuple[set[str], set[str], set[str]]:
