@@ -17,6 +17,12 @@ def verify(
         Path | None, typer.Option(help="A merged model to verify; by default one is made and removed again.")
     ] = None,
     questions: Annotated[int, typer.Option(help="Held-out questions to ask, at most.", min=6)] = 64,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Also ask this OpenAI-compatible server of the merged model, as in http://localhost:8000/v1."
+        ),
+    ] = None,
     json: Json = False,
 ) -> dict[str, Any]:
     """Prove that the model a run leaves behind is the one it trained, in seven checks; exits with 1 where one fails."""
@@ -25,7 +31,7 @@ def verify(
     from lensmith.train.progress import CountProgress
 
     with CountProgress("answering") as answered:
-        verified = verify_run(run, merged=merged, questions=questions, say=_say, progress=answered)
+        verified = verify_run(run, merged=merged, questions=questions, endpoint=endpoint, say=_say, progress=answered)
     for piece in verify_screen(verified):
         _say(piece)
     return verified.to_json() if verified.ok else Found(verified.to_json())

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from lensmith import cli
 from lensmith.config.read import read_config
 from lensmith.export.merge import merge_run
+from lensmith.model.load import local_folder
+from lensmith.model.names import TINY
 from lensmith.rundir import RunDir
 from lensmith.train.sft import train_model
 
@@ -24,7 +26,7 @@ SETTINGS = [
     "data.test=0.2",
     "data.workers=0",
     "data.image.max_tokens=64",
-    "optim.steps=16",
+    "optim.steps=12",
     "optim.effective_samples=32",
     "optim.learning_rate=2e-3",
     "pack.check_packs=0",
@@ -175,5 +177,76 @@ def test_a_run_without_its_data_is_asked_about_drawn_pictures(copy, verify):
     code, checks, read = verify(copy)
     assert code == 0, checks
     assert [name for name, check in checks.items() if check["ok"] is None] == ["blind", "metric"]
-    assert "8 prompts drawn here" in " ".join(read.split())
+    assert "on 8 prompts drawn here" in " ".join(read.split())
     assert "None failed: 5 of 7 checks passed" in read
+
+
+@pytest.fixture
+def serve():
+    """`serve(folder)` -> address of an OpenAI-compatible server of that model: plain transformers, its own processor."""
+    servers = []
+
+    def start(folder: Path) -> str:
+        import base64
+        import io
+        import threading
+        from http.server import BaseHTTPRequestHandler, HTTPServer
+
+        from PIL import Image
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        own = AutoProcessor.from_pretrained(folder)
+
+        def opened(part: dict) -> dict:
+            if part["type"] != "image_url":
+                return part
+            data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+            return {"type": "image", "image": Image.open(io.BytesIO(data))}
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply({"data": [{"id": folder.name}]})
+
+            def do_POST(self) -> None:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                turns = [{**turn, "content": list(map(opened, turn["content"]))} for turn in asked["messages"]]
+                shape = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+                inputs = own.apply_chat_template(turns, **shape)
+                ids = model.generate(**inputs, max_new_tokens=asked["max_tokens"], do_sample=False)
+                text = own.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                self.reply({"choices": [{"message": {"content": text}}]})
+
+            def reply(self, told: dict) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(told).encode())
+
+            def log_message(self, *_: object) -> None:
+                """Requests are no news."""
+
+        servers.append(server := HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/v1"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_of_the_merged_model_agrees_and_one_that_serves_the_base_is_found_out(run, merged, verify, serve):
+    code, checks, read = verify(run, "--merged", str(merged), "--endpoint", serve(merged))
+    assert code == 0, checks
+    assert "gives 8 of 8 answers word for word" in " ".join(read.split())
+    code, checks, _ = verify(run, "--merged", str(merged), "--endpoint", serve(local_folder(TINY)))
+    assert code == 1
+    assert [name for name, check in checks.items() if check["ok"] is False] == ["agree"]
+    assert "times the base's: it serves another model" in checks["agree"]["fix"]
+
+
+def test_a_server_that_is_not_there_is_said_to_be(run, capsys):
+    assert cli.main(["verify", str(run.path), "--endpoint", "http://127.0.0.1:9/v1"]) == 1
+    assert "http://127.0.0.1:9/v1/models: no answer" in capsys.readouterr().err
+    assert cli.main(["verify", str(run.path), "--endpoint", "localhost:9"]) == 1
+    assert "--endpoint localhost:9: not an http or https address" in capsys.readouterr().err

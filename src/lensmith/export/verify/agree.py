@@ -18,6 +18,7 @@ from torch import Tensor
 from lensmith.data.encode import Encoder
 from lensmith.evals.predict import answering, pad_prompts
 from lensmith.export.verify.check import Check
+from lensmith.export.verify.served import Served, not_asked
 from lensmith.types import Encoded
 
 KEPT_TOKENS = 16
@@ -50,12 +51,22 @@ def distance(ours: Logits, theirs: Logits) -> float:
 
 
 def check_agree(
-    base: Logits, forms: dict[str, Logits], *, dtypes: Sequence[torch.dtype], prompts: str, remark: str = ""
+    base: Logits,
+    forms: dict[str, Logits],
+    *,
+    dtypes: Sequence[torch.dtype],
+    prompts: str,
+    remarks: Sequence[str] = (),
+    served: Served | None = None,
 ) -> Check:
     """Hold all forms of the tuned model against the first, and the base against it.
 
-    `forms`: logits by what they came from, at least two. `dtypes`: types that any of them is stored or computed in. `remark`:
-    what else is to be told.
+    Args:
+        forms: logits by what they came from, at least two.
+        dtypes: types that any of them is stored or computed in.
+        prompts: where the prompts are from.
+        remarks: what else is to be told.
+        served: what a server answered to the same prompts.
     """
     tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
     (first, reference), *others = forms.items()
@@ -63,18 +74,19 @@ def check_agree(
     tuned = distance(base, reference)
     worst = math.nan if any(map(math.isnan, apart.values())) else max(apart.values())
     names = ", ".join(f"{name} {value:.2g}" for name, value in apart.items())
-    told = f"{len(reference)} prompts {prompts}, from {first}: {names}; the base {tuned:.2g}{remark}"
-    sentences = []
-    for name, value in apart.items():
-        if not value <= tolerance:
-            sentences.append(
-                f"{name} is {value:.2g} away from {first}, more than {tolerance:g}: it is not the model that was trained. "
-                "Export it again from this run; for a run on 4-bit weights docs/verify.md says what merging into 16-bit "
-                "costs."
-            )
+    told = f"distance from {first} on {len(reference)} prompts {prompts}: {names}, base {tuned:.2g}"
+    sentences = [
+        f"{name} is {value:.2g} away from {first}, more than {tolerance:g}: it is not the model that was trained. "
+        "Export it again from this run."
+        for name, value in apart.items()
+        if not value <= tolerance
+    ]
     if not tuned > tolerance:
         sentences.append(
             f"The base is only {tuned:.2g} away from {first}, within the tolerance of {tolerance:g}: the tuned model answers "
             "like the base. Train longer or with a higher learning rate, and see that the right run was exported."
         )
+    if served is not None and not served.ok:
+        sentences.append(served.fix)
+    told = "; ".join([told, *remarks, not_asked() if served is None else served.told])
     return Check("agree", not sentences, worst, tolerance, told, " ".join(sentences))

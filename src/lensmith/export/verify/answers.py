@@ -31,7 +31,7 @@ def check_blind(model: Any, material: Material, seed: int) -> Check:
         "the merger as well (tune.merger=adapted)."
     )
     told = (
-        f"another row's picture costs {tested.gap:+.3f} nats per token, a grey one "
+        f"another row's picture costs {tested.gap:+.3f} nats per token, surely more than {tested.gap_low:+.3f}; a grey one "
         f"{tested.loss_grey - tested.loss_right:+.3f}; n = {tested.n}"
     )
     return Check("blind", tested.is_used, tested.gap_low, 0, told, "" if tested.is_used else fix)
@@ -44,11 +44,11 @@ def check_metric(adapter: EvalResult, merged: EvalResult) -> Check:
     same = sum(ours.answer == theirs.answer for ours, theirs in pairs)
     ok = compared.p_value >= SIGNIFICANT
     told = (
-        f"{adapter.score.value:.1%} right with the adapter, {merged.score.value:.1%} merged; {same} of {adapter.score.n} "
-        f"answers are word for word the same"
+        f"{adapter.score.value:.1%} right as trained, {merged.score.value:.1%} merged (p = {compared.p_value:.2g}); {same} of "
+        f"{adapter.score.n} answers are the same word for word"
     )
     fix = (
-        f"The merged model is not as good as the adapter: {compared.losses} right answers became wrong and "
+        f"The merged model does not answer like the trained one: {compared.losses} right answers became wrong and "
         f"{compared.wins} wrong ones right. Do not ship it: export again from this run; after training on 4-bit weights, merge "
         "into those (see docs/verify.md)."
     )

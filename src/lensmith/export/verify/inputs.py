@@ -81,7 +81,7 @@ def compare_inputs(
     `size`: passed on to the image processor, where the sample's pictures have limits of their own.
     """
     given = processor.apply_chat_template(
-        _as_user(sample, encoded),
+        as_user(sample, encoded),
         tokenize=True,
         add_generation_prompt=True,
         return_dict=True,
@@ -112,8 +112,11 @@ def _ids(ours: np.ndarray, theirs: np.ndarray) -> str:
     return f"{len(ours)} token ids in training, {len(theirs)} here, the first other one at {place}"
 
 
-def _as_user(sample: Sample, encoded: Encoded) -> list[dict[str, Any]]:
-    """The question as messages, the way that model cards show it; boxes as training converted them."""
+def as_user(sample: Sample, encoded: Encoded, *, opened: bool = False) -> list[dict[str, Any]]:
+    """The question as messages, the way that model cards show it; boxes as training converted them.
+
+    `opened`: with pictures in RGB and upright, where these would else be paths.
+    """
     turns = sample.messages[:-1] if sample.messages[-1].role == "assistant" else sample.messages
     messages = []
     for message in convert_messages(turns, sample, encoded.images, sample.boxes):
@@ -123,7 +126,7 @@ def _as_user(sample: Sample, encoded: Encoded) -> list[dict[str, Any]]:
                 parts.append({"type": "text", "text": part.text})
             elif isinstance(part, ImageMark):
                 ref = sample.images[part.index]
-                plain = isinstance(ref.source, Path) and ref.member is None and ref.page is None
+                plain = isinstance(ref.source, Path) and ref.member is None and ref.page is None and not opened
                 parts.append({"type": "image", "image": str(ref.source) if plain else open_image(ref)})
         messages.append({"role": message.role, "content": parts})
     return messages

@@ -10,6 +10,7 @@ import torch
 
 from lensmith.export.verify.check import Check, at_most, listed
 from lensmith.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_WEIGHTS
+from lensmith.types import counted
 
 
 def load_plain(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -38,8 +39,8 @@ def reload_tuned(base: Any, tuned: Path) -> tuple[Any, Check]:
             "reload", False, None, 0, "PEFT refuses the tuned files", f"{tuned}: {line} {_restore(tuned)}"
         )
     sentences = [
-        f"{len(names):,} {what}: {listed(sorted(names))}."
-        for names, what in ((missing, "keys are missing"), (unexpected, "keys have no place in the model"))
+        f"{counted(len(names), 'key')} {what}: {listed(sorted(names))}."
+        for names, what in ((missing, "missing"), (unexpected, "without a place in the model"))
         if names
     ]
     told = f"{count:,} keys, {len(missing)} missing, {len(unexpected)} unexpected"

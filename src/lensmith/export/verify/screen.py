@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 QUESTIONS: dict[Name, str] = {
     "changed": "exactly the tuned tensors changed",
     "reload": "plain transformers and PEFT load it",
-    "agree": "all forms of it say the same, the base does not",
+    "agree": "adapter, merged and reloaded agree, the base differs",
     "inputs": "serving sees what training saw",
     "blind": "the pictures are used",
     "health": "no tensor is broken, dead or too large",
-    "metric": "merged, it is as often right",
+    "metric": "merged, it is as often right as before",
 }
 HELD: dict[Name, str] = {"blind": ">", "metric": "≥"}
 """How value and bound compare where all is well; ≤ elsewhere."""

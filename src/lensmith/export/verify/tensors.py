@@ -72,7 +72,7 @@ def check_changed(
             "Nothing was learned there, or it was rounded away: train longer or with a higher learning rate, and see that "
             "the export was made from this run.",
         ),
-        *_fault(other, "that trained themselves {} not in the merged model as they were saved", "Export it again."),
+        *_fault(other, "with weights of their own training {} not in the merged model as saved", "Export it again."),
     ]
     rounded = f"; {len(lost)} by less than their type can hold" if lost else ""
     told = f"{len(moved):,} of {counted(len(names), 'tensor')} changed, {len(adapted | trained):,} are tuned{rounded}"
