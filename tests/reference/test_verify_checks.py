@@ -141,8 +141,10 @@ def test_a_merged_model_differs_from_the_base_in_exactly_the_tuned_tensors(chang
         ),
         (
             lambda w, b: {TRAINED: w[TRAINED] * 1.01},
-            "1 tensor with weights of their own training is not in the merged model as saved",
+            "1 tensor of the merged model is not what base and tuned files make of it",
         ),
+        (lambda w, b: {TRAINED: b.get(TRAINED)}, f"is not what base and tuned files make of it: {TRAINED}."),
+        (lambda w, b: {ADAPTED: w[ADAPTED] * 1.01}, f"is not what base and tuned files make of it: {ADAPTED}."),
         (lambda w, b: {FROZEN: None}, f"1 tensor of the base is not in the merged model: {FROZEN}."),
         (
             lambda w, b: {"lm_head.weight": torch.ones(2)},
@@ -153,6 +155,8 @@ def test_a_merged_model_differs_from_the_base_in_exactly_the_tuned_tensors(chang
         "a frozen one moved",
         "an adapted one did not",
         "a trained one is another",
+        "a trained one is the base's",
+        "an adapted one is another",
         "one is missing",
         "one is too many",
     ],

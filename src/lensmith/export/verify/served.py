@@ -91,7 +91,7 @@ def open_endpoint(url: str) -> Endpoint:
 
 
 def judge_served(endpoint: Endpoint, answers: Sequence[str], *, merged: Sequence[str], base: Sequence[str]) -> Served:
-    """Hold a server's answers against those of the merged model; where the base answers otherwise, they may not be the base's."""
+    """Hold answers against those of the merged model; where the base answers otherwise, they may not be the base's."""
     ours, merged, base = ([text.strip() for text in texts] for texts in (answers, merged, base))
     telling = [index for index in range(len(merged)) if merged[index] != base[index]]
     same = sum(map(str.__eq__, ours, merged))
