@@ -68,6 +68,8 @@ def verify_run(
     run, place = find_run(path)
     run = RunDir.open(run.path)
     check_readable(tuned := find_tuned(place))
+    if merged is not None:
+        _check_merged(merged)
     server = None if endpoint is None else open_endpoint(endpoint)
     subject = open_subject(run, tuned, questions, server, say, progress)
     with _merged_folder(subject, run, merged) as folder:
@@ -79,15 +81,19 @@ def verify_run(
     return Verified(run.path, tuple(subject.watch.stamp(subject.checks[name]) for name in NAMES))
 
 
+def _check_merged(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no merged model there, because there is no config.json in it. Give the folder that "
+            "`lensmith export --to merged` wrote, or leave --merged out to have one made for the time of the checks."
+        )
+    FileShards(folder)  # all files of its index are there
+
+
 @contextmanager
 def _merged_folder(subject: Subject, run: RunDir, given: Path | None) -> Iterator[Path | None]:
     """The folder of the merged model; None, with `changed` failed, where it cannot be made."""
     if given is not None:
-        if not (given / "config.json").is_file():
-            raise ModelError(
-                f"{given}: no merged model there, because there is no config.json in it. Give the folder that "
-                "`lensmith export --to merged` wrote, or leave --merged out to have one made for the time of the checks."
-            )
         yield given
         return
     promised = None

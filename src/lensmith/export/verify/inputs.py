@@ -94,15 +94,19 @@ def compare_inputs(
         return None if not pictures and np.array_equal(ours, theirs) else Difference(sample.where, _ids(ours, theirs))
     grids, their_grids = pictures["image_grid_thw"], given["image_grid_thw"]
     if not torch.equal(grids, their_grids):
-        seen = [tuple(side * encoder.geometry.patch_px for side in grid[1:]) for grid in grids.tolist()]
-        other = [tuple(side * encoder.geometry.patch_px for side in grid[1:]) for grid in their_grids.tolist()]
-        return Difference(sample.where, f"pictures of {seen} px in training, {other} px here")
+        seen, other = (_told_px(found, encoder.geometry.patch_px) for found in (grids, their_grids))
+        return Difference(sample.where, f"pictures of {seen} px in training, of {other} px here")
     if not np.array_equal(ours, theirs):
         return Difference(sample.where, _ids(ours, theirs))
     apart = float((pictures["pixel_values"] - given["pixel_values"]).abs().max())
     if not apart <= PIXEL_TOLERANCE:
         return Difference(sample.where, f"pixels differ by up to {apart:.2g}")
     return None
+
+
+def _told_px(grids: torch.Tensor, patch_px: int) -> str:
+    """Heights and widths of pictures from their grids of patches."""
+    return listed([f"{rows * patch_px} x {columns * patch_px}" for _, rows, columns in grids.tolist()])
 
 
 def _ids(ours: np.ndarray, theirs: np.ndarray) -> str:

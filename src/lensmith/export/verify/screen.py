@@ -21,7 +21,7 @@ QUESTIONS: dict[Name, str] = {
 }
 HELD: dict[Name, str] = {"blind": ">", "metric": "≥"}
 """How value and bound compare where all is well; ≤ elsewhere."""
-VERDICTS = {True: ("passed", "green"), False: ("FAILED", "bold red"), None: ("not run", "yellow")}
+VERDICTS = {True: ("passed", "green"), False: ("FAILED", "bold red"), None: ("not run", "magenta")}
 
 
 def verify_screen(verified: Verified) -> Iterator[Table | str]:
