@@ -444,7 +444,7 @@ def _say(text: Any) -> None:
     Console(file=sys.stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-from lensmith import cli_verify  # noqa: E402, F401  (a verb of its own module, which needs what stands above)
+from lensmith import cli_export, cli_verify  # noqa: E402, F401  (verbs of their own modules, which need what stands above)
 
 if __name__ == "__main__":
     sys.exit(main())

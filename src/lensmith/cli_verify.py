@@ -10,7 +10,7 @@ import typer
 from lensmith.cli import Found, Json, _say, app
 
 
-@app.command(epilog="Examples: lensmith verify runs/sft; lensmith verify runs/sft --merged runs/sft/merged")
+@app.command(epilog="Examples: lensmith verify runs/sft; lensmith verify runs/sft --merged runs/sft/export/merged")
 def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
     merged: Annotated[

@@ -5,8 +5,9 @@
 
 The embedded model has never seen a `\\boxed{}`, and its embedding does not tell a brace from any other token it never saw.
 No reward can be earned by what is never said, so a short supervised warm-up on rows of its own teaches the form and a
-little adding. "Before" is what that left behind, measured; from there on only math_boxed teaches. The rows, the settings
-and the report are here; both trainings are what `lensmith train` runs.
+little adding. "Before" is what that left behind, measured; from there on only rewards teach: math_boxed for the result, and
+`length`, because math_boxed reads nothing but the last box and a policy finds out that it may ramble on behind it. The rows,
+the settings and the report are here; both trainings are what `lensmith train` runs.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from lensmith.config.tree import Data, Eval, Grpo, Memory, Optim, Packing, RunConfig, Save, Tune
 from lensmith.demo import unused_folder
-from lensmith.demo_sums import LARGEST, write_sums
+from lensmith.demo_sums import write_sums
 from lensmith.evals.page import Example, Gallery, Line, draw_reward_curve, render_page
 from lensmith.evals.predict import Prediction, answer_samples, write_predictions
 from lensmith.evals.predict import Progress as EvalProgress
-from lensmith.evals.score import Comparison, Score, compare_answers, score_answers
+from lensmith.evals.score import Comparison, Score, compare_answers, judge_answers, score_answers
 from lensmith.train.grpo import train_grpo
 from lensmith.train.prepare import Prepared, prepare_run
-from lensmith.train.rewards import RewardBatch, extract_boxed_answer, load_rewards
+from lensmith.train.rewards import RewardBatch, load_rewards
 from lensmith.train.sft import TrainResult, train_model
-from lensmith.types import Sample, counted
+from lensmith.types import Sample
 
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
@@ -38,6 +39,12 @@ NUM_SUMS = {"test": 400, "warm-up": 2048, "train": 3200}
 """Pictures of each part."""
 SHOWN_WRONG, SHOWN_DRAWN = 12, 24
 """Test pictures on the page: wrong after training, and drawn without looking."""
+MAX_NEW_TOKENS = 12
+"""An answer has five to seven."""
+REWARDS: tuple[str | dict[str, Any], ...] = (
+    "math_boxed",
+    {"name": "length", "max_tokens": MAX_NEW_TOKENS, "cache_tokens": 0},
+)
 WARM_UP = "warm-up"
 """The warm-up's own run folder, inside the run's."""
 
@@ -50,11 +57,11 @@ class Judged:
 
     predictions: tuple[Prediction, ...]
     rewards: tuple[float, ...]
-    """math_boxed: -1 without a box, -0.5 with a wrong one, 1 with the right one."""
+    """By REWARDS: 1 for the right box, -0.5 for a wrong one, -1 for none; 1 less where the answer did not end."""
 
     @property
     def cut_off(self) -> int:
-        """Answers that did not end: math_boxed reads the last box only, and nothing keeps a policy from going on."""
+        """Answers that did not end by themselves."""
         return sum(not prediction.stopped for prediction in self.predictions)
 
     @property
@@ -63,29 +70,28 @@ class Judged:
         return sum(self.rewards) / len(self.rewards)
 
     @property
-    def boxed(self) -> list[str]:
-        """What stands in each answer's box; empty without one."""
-        return [extract_boxed_answer(prediction.answer) or "" for prediction in self.predictions]
+    def answers(self) -> list[str]:
+        return [prediction.answer for prediction in self.predictions]
 
     @property
     def references(self) -> list[str]:
-        return [extract_boxed_answer(prediction.reference) or "" for prediction in self.predictions]
+        return [prediction.reference for prediction in self.predictions]
 
     @property
     def right(self) -> list[bool]:
-        return [said == meant for said, meant in zip(self.boxed, self.references, strict=True)]
+        """Answers that are the reference from the first character to the last."""
+        return judge_answers(self.answers, self.references, "exact")
 
     def accuracy(self, chosen: Sequence[int] | None = None) -> Score:
-        """Share of boxes that hold exactly the sum, of all questions or some."""
-        numbers = range(len(self.predictions)) if chosen is None else chosen
-        boxed, references = self.boxed, self.references
-        return score_answers([boxed[n] for n in numbers], [references[n] for n in numbers], "exact")
+        """Share of right answers, of all questions or some."""
+        picked = [self.predictions[n] for n in range(len(self.predictions)) if chosen is None or n in chosen]
+        return score_answers([p.answer for p in picked], [p.reference for p in picked], "exact")
 
     def to_json(self) -> dict[str, float]:
         return {"reward": self.reward, "accuracy": self.accuracy().value}
 
     def __str__(self) -> str:
-        return f"mean reward {self.reward:+.3f}, right boxes {self.accuracy()}"
+        return f"mean reward {self.reward:+.3f}, right answers {self.accuracy()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +143,13 @@ def run_grpo_demo(
     )
     say("Warm-up, supervised: what a boxed answer looks like, and a little adding. Its own pictures, never seen again.")
     warmed = train_model(warm_up, say=say, progress=train_progress)
-    say("GRPO from there on: right or wrong is all that it is told.")
+    say("GRPO from there on: right or wrong, and whether the answer ends, is all that it is told.")
     prepared = prepare_run(config, say)
     before = judge_model(prepared, prepared.model, "before", eval_progress)
     say(f"Before GRPO, after the warm-up: {before}")
     trained = train_grpo(prepared, say=say, progress=train_progress)
     after = judge_model(prepared, trained.model, "after", eval_progress)
     say(f"After GRPO: {after}")
-    if after.cut_off > before.cut_off:
-        say(
-            f"{counted(after.cut_off, 'answer')} did not end by themselves, {before.cut_off} before: math_boxed reads the last "
-            "box only, and the policy found that out. The reward `length` is there for that."
-        )
     say(compare_judged(before, after).sentence)
     page = write_grpo_report(prepared, before, after, warmed, trained)
     say(f"The reward's curve, pictures, and answers before and after: {page}")
@@ -189,8 +190,8 @@ def grpo_config(run: Path, files: dict[str, Path]) -> RunConfig:
         pack=Packing(tokens=8192),
         optim=Optim(learning_rate=2e-4, steps=100, effective_samples=256, schedule="constant"),
         memory=Memory(recompute="none"),
-        grpo=Grpo(group=8, max_new_tokens=12, rewards=["math_boxed"]),
-        eval=Eval(metric="exact", samples=None, max_new_tokens=12, batch=128),
+        grpo=Grpo(group=8, max_new_tokens=MAX_NEW_TOKENS, rewards=list(REWARDS)),
+        eval=Eval(metric="exact", samples=None, max_new_tokens=MAX_NEW_TOKENS, batch=128),
         save=Save(keep=1),
         run=run,
     )
@@ -198,8 +199,7 @@ def grpo_config(run: Path, files: dict[str, Path]) -> RunConfig:
 
 def judge_model(prepared: Prepared, model: Any, name: str, progress: EvalProgress | None = None) -> Judged:
     """Greedy answers to all test sums, kept as predictions-`name`.jsonl in the run folder, and their rewards."""
-    assert prepared.held_out is not None, "grpo_config names data.test"
-    samples = [prepared.held_out.source.sample(row) for row in prepared.held_out.rows.tolist()]
+    samples = _test_samples(prepared)
     settings = prepared.config.eval
     predictions = answer_samples(
         model,
@@ -215,21 +215,21 @@ def judge_model(prepared: Prepared, model: Any, name: str, progress: EvalProgres
 
 
 def judge_answers_by_reward(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> Judged:
-    """What math_boxed, and nothing else, gives for these answers."""
-    table = load_rewards(["math_boxed"], root=Path.cwd(), on_error="raise").score(
+    """What REWARDS give for these answers; `length` asks only whether they ended."""
+    table = load_rewards(REWARDS, root=Path.cwd(), on_error="raise").score(
         RewardBatch(
             completions=[prediction.answer for prediction in predictions],
-            completion_ids=[() for _ in predictions],  # math_boxed reads texts
+            completion_ids=[(0,) * prediction.tokens for prediction in predictions],  # counted, not read
             samples=samples,
             truncated=[not prediction.stopped for prediction in predictions],
         )
     )
-    return Judged(tuple(predictions), tuple(table.values[:, 0].tolist()))
+    return Judged(tuple(predictions), tuple(table.total.tolist()))
 
 
 def compare_judged(before: Judged, after: Judged) -> Comparison:
     """Wins and losses, sum by sum."""
-    return compare_answers(before.boxed, after.boxed, before.references, "exact")
+    return compare_answers(before.answers, after.answers, before.references, "exact")
 
 
 def write_grpo_report(
@@ -250,25 +250,25 @@ def write_grpo_report(
             summary=_summary(len(examples), group, warmed, trained),
             facts={
                 "mean reward": f"{before.reward:+.2f} → {after.reward:+.2f}",
-                "right boxes": f"{100 * before.accuracy().value:.1f} → {100 * after.accuracy().value:.1f} %",
+                "right answers": f"{100 * before.accuracy().value:.1f} → {100 * after.accuracy().value:.1f} %",
                 "cut off": f"{before.cut_off} → {after.cut_off}",
                 "GRPO": f"{trained.train_s:.0f} s",
                 "warm-up": f"{warmed.train_s:.0f} s",
             },
-            table=_table(before, after),
+            table=_table(prepared, before, after),
             comparison=compare_judged(before, after),
             curve=curve,
             curve_heading="Reward",
             curve_text=(
                 f"The mean reward of a step's sampled answers went from {rewards[0]:+.2f} to {rewards[-1]:+.2f}; "
-                "-1 is no box, -0.5 a wrong one, 1 the right one."
+                "-1 is no box, -0.5 a wrong one, 1 the right one, and 1 less for an answer that does not end."
             ),
             galleries=[
                 Gallery("A draw of the test sums", f"{len(drawn)} of {len(examples):,}, drawn by the seed.", drawn),
                 Gallery("Still wrong", f"The first of {len(wrong):,} wrong after GRPO.", wrong[:SHOWN_WRONG]),
             ],
             footer=(
-                f"lensmith {version('lensmith')}, seed {seed}, reward math_boxed, greedy answers. All answers: "
+                f"lensmith {version('lensmith')}, seed {seed}, rewards math_boxed and length, greedy answers. All answers: "
                 "predictions-*.jsonl; what was sampled in training, with its rewards: completions.jsonl."
             ),
         ),
@@ -281,16 +281,15 @@ def _summary(questions: int, group: int, warmed: TrainResult, trained: TrainResu
     return (
         f"“Before” is after a supervised warm-up on {warmed.samples:,} boxed answers ({warmed.train_s:.0f} s), which taught "
         f"the form and a little adding. From there {trained.steps:,} steps of GRPO over {trained.samples // group:,} sums "
-        f"with {group} sampled answers each, told only what math_boxed gives. Tested before and after on {questions:,} "
-        "pictures in neither; the sums on them are the same, the pictures are not."
+        f"with {group} sampled answers each, told only whether the box is right and whether the answer ends. Tested before and "
+        f"after on {questions:,} pictures in neither; six of the 36 sums are on no picture that either was trained on. A right "
+        "answer is exact to the last character."
     )
 
 
 def _examples(prepared: Prepared, before: Judged, after: Judged) -> list[Example]:
     """Every test sum with its picture, both answers and what each earned."""
-    assert prepared.held_out is not None, "grpo_config names data.test"
-    source = prepared.held_out.source
-    pictures = [source.sample(row).images[0] for row in prepared.held_out.rows.tolist()]
+    pictures = [sample.images[0] for sample in _test_samples(prepared)]
     return [
         Example(
             picture=Path(picture.key),
@@ -307,12 +306,16 @@ def _examples(prepared: Prepared, before: Judged, after: Judged) -> list[Example
     ]
 
 
-def _table(before: Judged, after: Judged) -> list[Line]:
-    sums = [int(reference) for reference in before.references]
-    kinds = {
-        "all sums": range(2 * LARGEST + 1),
-        f"results up to {LARGEST}": range(LARGEST + 1),
-        f"results of {LARGEST + 1} and more": range(LARGEST + 1, 2 * LARGEST + 1),
+def _table(prepared: Prepared, before: Judged, after: Judged) -> list[Line]:
+    held_back = [bool(sample.columns["held_back"]) for sample in _test_samples(prepared)]
+    chosen = {
+        "all sums": range(len(held_back)),
+        "sums practised, on new pictures": [number for number, held in enumerate(held_back) if not held],
+        "sums never practised": [number for number, held in enumerate(held_back) if held],
     }
-    chosen = {kind: [number for number, result in enumerate(sums) if result in kinds[kind]] for kind in kinds}
     return [Line(kind, before.accuracy(some), after.accuracy(some)) for kind, some in chosen.items() if some]
+
+
+def _test_samples(prepared: Prepared) -> list[Sample]:
+    assert prepared.held_out is not None, "grpo_config names data.test"
+    return [prepared.held_out.source.sample(row) for row in prepared.held_out.rows.tolist()]

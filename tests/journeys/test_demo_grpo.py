@@ -11,9 +11,10 @@ from PIL import Image
 
 from lensmith.cli import main
 from lensmith.config.read import read_config
-from lensmith.demo_grpo import GrpoDemoResult, Judged, run_grpo_demo
-from lensmith.demo_sums import HEIGHT_PX, LARGEST, MODEST, PARTS, QUESTION, WIDTH_PX, draw_sum, write_sums
+from lensmith.demo_grpo import GrpoDemoResult, Judged, judge_answers_by_reward, run_grpo_demo
+from lensmith.demo_sums import HEIGHT_PX, HELD_BACK, LARGEST, MODEST, PARTS, QUESTION, WIDTH_PX, draw_sum, write_sums
 from lensmith.evals.predict import Prediction, read_predictions
+from lensmith.types import Message, Sample, Text
 
 NUM_SUMS = {"test": 30, "warm-up": 40, "train": 24}
 WARM_UP_STEPS, GRPO_STEPS = 2, 2
@@ -38,11 +39,11 @@ def test_demo_ends_with_rewards_accuracies_time_and_folder(result):
     assert told["train_s"] > 0
 
 
-def test_grpo_goes_on_from_the_warm_up_and_knows_no_reward_but_math_boxed(result):
+def test_grpo_goes_on_from_the_warm_up_and_is_told_the_box_and_the_end(result):
     warm_up, grpo = (read_config(folder / "config.yaml") for folder in (result.run / "warm-up", result.run))
     assert (warm_up.task, grpo.task) == ("sft", "grpo")
     assert grpo.tune.start_from == str(result.run / "warm-up")
-    assert grpo.grpo.rewards == ["math_boxed"]
+    assert grpo.grpo.rewards == ["math_boxed", {"name": "length", "max_tokens": 12, "cache_tokens": 0}]
     assert str(grpo.data.train) != str(warm_up.data.train)
     before, after = (read_predictions(result.run / f"predictions-{when}.jsonl") for when in ("before", "after"))
     assert len(before) == len(after) == NUM_SUMS["test"]
@@ -68,13 +69,31 @@ def test_demo_says_that_before_is_after_the_warm_up(result, said):
     assert f"answers before and after: {result.page}" in text
 
 
-def test_rewards_and_accuracy_are_of_the_box_alone():
-    answers = ["\\boxed{8}", "It is \\boxed{8}.", "\\boxed{7}", "8"]
-    predictions = tuple(Prediction("test.jsonl:1", QUESTION, "\\boxed{8}", answer, 7, True) for answer in answers)
-    judged = Judged(predictions, (1.0, 1.0, -0.5, -1.0))
-    assert judged.right == [True, True, False, False]
-    assert judged.to_json() == {"reward": 0.125, "accuracy": 0.5}
+def test_an_answer_is_right_to_its_last_character_and_rewards_want_it_to_end():
+    answers = [("\\boxed{8}", True), ("It is \\boxed{8}.", True), ("\\boxed{8} 3ed{3", False), ("8", True)]
+    predictions = [Prediction("test.jsonl:1", QUESTION, "\\boxed{8}", text, 7, stopped) for text, stopped in answers]
+    sample = Sample(
+        "test.jsonl:1", (Message("user", (Text(QUESTION),)), Message("assistant", (Text("\\boxed{8}"),))), ()
+    )
+    judged = judge_answers_by_reward(predictions, [sample] * len(answers))
+    assert judged.right == [True, False, False, False]
+    assert judged.rewards == (1.0, 1.0, 0.0, -1.0)
+    assert judged.to_json() == {"reward": 0.25, "accuracy": 0.25}
     assert judged.accuracy([0, 2]).value == 0.5
+
+
+def test_six_sums_are_in_the_test_alone(tmp_path):
+    files = write_sums(tmp_path, 0, {"test": 200, "warm-up": 150, "train": 150})
+    held_back = {
+        part: {json.loads(line)["held_back"] for line in files[part].read_text(encoding="utf-8").splitlines()}
+        for part in PARTS
+    }
+    assert held_back == {"test": {True, False}, "warm-up": {False}, "train": {False}}
+    numbers = range(LARGEST + 1)
+    sums = [(one, two) for one in numbers for two in numbers]
+    assert sum({one, two} in HELD_BACK for one, two in sums) == 6
+    results = {one + two for one, two in sums if {one, two} not in HELD_BACK}
+    assert {one + two for pair in HELD_BACK for one, two in [sorted(pair)]} <= results, "no result is new"
 
 
 def test_no_picture_is_in_two_parts_and_a_seed_draws_the_same(tmp_path):

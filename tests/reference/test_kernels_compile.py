@@ -80,3 +80,17 @@ def test_the_attention_kernels_compile():
     types |= dict.fromkeys(("query", "key", "value", "q_weight", "k_weight", "cos", "sin", "rotated"), "*bf16")
     types |= {"own_k": "*bf16", "own_v": "*bf16", "own_": "i32", "position": "*i32", "epsilon": "fp32"}
     compiled(place_token, types, shape | {"HEADS": 32}, set(), num_warps=1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (16, 8)])
+def test_norm_and_rotation_of_all_heads_compile_and_move_16_bytes_at_a_time(heads, kv_heads):
+    from lensmith.model.head_kernels import BLOCK, norm_rotate, norm_rotate_back
+
+    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "WIDTH": 128, "BLOCK": BLOCK}
+    strides = {"query_stride", "key_stride", "grad_query_stride", "grad_key_stride"}
+    types = dict.fromkeys(strides, "i32") | {"scales": "*fp32", "q_epsilon": "fp32", "k_epsilon": "fp32"}
+    types |= dict.fromkeys(("query", "key", "q_weight", "k_weight", "cos", "sin", "to_", "grad_"), "*bf16")
+    for kernel in (norm_rotate, norm_rotate_back):
+        ptx = compiled(kernel, types, constants, strides).asm["ptx"]
+        assert "ld.global.v4" in ptx
+        assert "st.global.v4" in ptx

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lensmith.config.read import read_config
 from lensmith.errors import ConfigError, ModelError, RunError
 from lensmith.export import merge as merging
+from lensmith.export.base import EMBEDDING, HEAD
 from lensmith.export.merge import merge_run
 from lensmith.export.whole import RECORD
 from lensmith.model.adapters import ADAPTER_CONFIG, load_tuned, prepare_trainable, save_tuned
@@ -272,3 +273,105 @@ def test_written_files_hold_what_safetensors_says_of_them(make_run, tmp_path):
     merge_run(run, run.path, tmp_path / "merged")
     with safe_open(str(tmp_path / "merged" / "model.safetensors"), framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.fixture(scope="module")
+def nf4_checkpoint(tmp_path_factory) -> Path:
+    """lensmith/tiny as transformers stores it in 4 bits."""
+    from transformers import BitsAndBytesConfig
+
+    folder = tmp_path_factory.mktemp("nf4")
+    quant = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16, quantization_config=quant)
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_stored_in_4_bits_is_merged_into_its_widened_weights(make_run, nf4_checkpoint, inputs, tmp_path):
+    run = make_run(f"model={nf4_checkpoint}", "tune.method=qlora")
+    trained = load_model(run.read_config())
+    expected = logits(load_tuned(trained.model, run.path), inputs)
+    merged = merge_run(run, run.path, tmp_path / "merged")
+    ours = read_all(tmp_path / "merged")
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
+        n: (t.shape, t.dtype) for n, t in read_all(TINY).items()
+    }
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "stored in 4 bits itself" in " ".join(merged.sentences())
+    assert float((logits(stock(tmp_path / "merged"), inputs) - expected).abs().mean()) < 0.02
+
+
+def test_weights_that_the_run_before_had_trained_are_merged_too(make_run, tmp_path):
+    before = make_run("tune.language=frozen", "tune.merger=trained")
+    run = make_run(f"tune.start_from={before.path}")
+    merged = merge_run(run, run.path, tmp_path / "merged")
+    theirs = load_file(before.path / "tuned" / "trained.safetensors")
+    ours = read_all(tmp_path / "merged")
+    assert theirs
+    assert all(torch.equal(ours[name], tensor.to(ours[name].dtype)) for name, tensor in theirs.items())
+    assert f"{len(theirs)} tensors that {before.path / 'tuned'} had trained itself" in merged.notes[0]
+
+
+def test_an_adapter_on_weights_that_the_run_before_had_trained_is_added_to_those(make_run, inputs, tmp_path):
+    before = make_run("tune.language=frozen", "tune.merger=trained")
+    run = make_run(f"tune.start_from={before.path}", "tune.merger=adapted", "tune.language=frozen")
+    merge_run(run, run.path, tmp_path / "merged")
+    model = stock(TINY)
+    model.load_state_dict(load_file(before.path / "tuned" / "trained.safetensors"), strict=False)
+    earlier = logits(model, inputs)
+    theirs = logits(PeftModel.from_pretrained(model, run.path / "tuned"), inputs)
+    ours = logits(stock(tmp_path / "merged"), inputs)
+    assert float((ours - theirs).abs().mean()) < 0.1 * float((theirs - earlier).abs().mean())
+
+
+def test_an_adapter_that_got_no_update_is_named(make_run, tmp_path):
+    run = make_run("tune.rank=5")
+    path = run.path / "tuned" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    from safetensors.torch import save_file
+
+    save_file({name: 0 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}, path)
+    merged = merge_run(run, run.path, tmp_path / "merged")
+    assert "Warning: 42 of 42 trained tensors equal the base's" in merged.sentences()[-1]
+    assert merged.lost is None
+
+
+def test_the_files_that_older_readers_look_at_have_the_limits_too(make_run, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in TINY.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    size = {"shortest_edge": 65536, "longest_edge": 16777216}
+    (base / "preprocessor_config.json").write_text(json.dumps({"size": size, "patch_size": 16}))
+    (base / "LICENSE").write_text("of the base")
+    (base / "README.md").write_text("of the base")
+    run = make_run(f"model={base}", "data.image.max_tokens=40")
+    merged = merge_run(run, run.path, tmp_path / "merged")
+    older = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
+    assert older == {"size": {"shortest_edge": 4096, "longest_edge": 40 * 1024}, "patch_size": 16}
+    assert "LICENSE" in merged.files
+    assert "README.md" not in merged.files
+
+
+def test_a_tied_head_that_the_base_also_stores_follows_the_embedding(make_run, tmp_path):
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in TINY.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    tensors = read_all(TINY)
+    save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    run = make_run(f"model={base}", "tune.method=full")
+    merged = merge_run(run, run.path, tmp_path / "merged")
+    ours = read_all(tmp_path / "merged")
+    assert torch.equal(ours[HEAD], ours[EMBEDDING])
+    assert not torch.equal(ours[EMBEDDING], tensors[EMBEDDING])
+    assert "also stores its tied head" in merged.notes[0]

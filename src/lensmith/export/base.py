@@ -58,7 +58,7 @@ class Base:
 
     @cached_property
     def _files(self) -> dict[str, TensorFile]:
-        files = _weight_files(self.folder)
+        files = weight_files(self.folder)
         return {name: file for file in files for name in file.names}
 
     @cached_property
@@ -115,23 +115,25 @@ class Base:
         return dequantize_4bit(self._files[name].whole(name), QuantState.from_dict(parts, device=torch.device("cpu")))
 
 
-def open_base(config: RunConfig, precision: str | None) -> Base:
-    """The base of a run. `precision`: what its environment.json says it computed in, such as `bfloat16`.
+def open_base(run: RunDir, config: RunConfig) -> Base:
+    """The base that `run` started from.
 
     Raises ModelError where the checkpoint is not there, not whole or not a Qwen3-VL.
     """
     architecture: Any = read_architecture(config.model)
+    # environment.json tells what precision=auto meant on the machine that trained.
+    found = _DTYPES.get(run.read_environment().get("precision", "")) if config.precision == "auto" else None
     return Base(
         name=config.model,
         folder=local_folder(config.model),
         tied=bool(architecture.tie_word_embeddings),
         stored_in_four_bits=is_quantised_checkpoint(architecture),
         tune=config.tune,
-        dtype=_DTYPES.get(precision or "") or choose_precision(config.precision, choose_device()),
+        dtype=found or choose_precision(config.precision, choose_device()),
     )
 
 
-def _weight_files(folder: Path) -> Sequence[TensorFile]:
+def weight_files(folder: Path) -> Sequence[TensorFile]:
     if (folder / INDEX).is_file():
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))

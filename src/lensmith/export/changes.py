@@ -77,7 +77,26 @@ class Replacement:
         return piece_of(self.rows, rows).to(base.dtype)
 
 
-Change = LowRank | Replacement
+@dataclass(frozen=True, slots=True)
+class OnTop:
+    """An adapter on a tensor that an earlier run had trained itself."""
+
+    earlier: Replacement
+    own: LowRank
+
+    @property
+    def kind(self) -> Kind:
+        return self.own.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.own.shape
+
+    def apply(self, base: Tensor, rows: slice) -> Tensor:
+        return self.own.apply(self.earlier.apply(base, rows), rows)
+
+
+Change = LowRank | Replacement | OnTop
 
 
 def read_changes(tuned: Path) -> dict[str, Change]:
@@ -93,7 +112,7 @@ def read_changes(tuned: Path) -> dict[str, Change]:
     return changes
 
 
-def read_trained(path: Path) -> dict[str, Change]:
+def read_trained(path: Path) -> dict[str, Replacement]:
     """The tensors of a `trained.safetensors`, read when their rows are asked for."""
     file = TensorFile(path)
     return {name: Replacement(file.rows(name), file.entry(name).shape) for name in file.names}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -21,7 +21,7 @@ from torch import Tensor
 from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError, ModelError
 from lensmith.export.base import EMBEDDING, HEAD, Base, copy_files, open_base
-from lensmith.export.changes import Change, read_changes, read_trained
+from lensmith.export.changes import Change, LowRank, OnTop, Replacement, read_changes, read_trained
 from lensmith.export.tensors import (
     FILE_BYTES,
     Entry,
@@ -34,7 +34,7 @@ from lensmith.export.tensors import (
     write_index,
     write_values,
 )
-from lensmith.export.whole import GIB, check_replaceable, check_space, write_record, written_whole
+from lensmith.export.whole import check_replaceable, check_space, size, write_record, written_whole
 from lensmith.model.adapters import TRAINED_WEIGHTS, find_tuned
 from lensmith.rundir import RunDir
 
@@ -92,11 +92,11 @@ class Merged:
     def sentences(self) -> list[str]:
         trained = [tensor for tensor in self.changed if tensor.kind != "kept"]
         lines = [
-            f"Merged {len(trained)} of {self.tensors} tensors of {self.base}, {self.nbytes / GIB:.2f} GiB "
+            f"Merged {len(trained)} of {self.tensors} tensors of {self.base}, {size(self.nbytes)} "
             f"in {self.seconds:.1f} s; all others are the base's, bit for bit."
             if self.nf4_error is None or self.into == "base"
             else f"Merged {len(trained)} of {self.tensors} tensors into what NF4 left of {self.base}, "
-            f"{self.nbytes / GIB:.2f} GiB in {self.seconds:.1f} s."
+            f"{size(self.nbytes)} in {self.seconds:.1f} s."
         ]
         if (lost := self.lost) is not None:
             lines.append(f"Storing the result in the base's type rounds away {lost:.2%} of the trained change.")
@@ -106,13 +106,13 @@ class Merged:
             lines.append(
                 f"Trained beside NF4 weights: merging into {other} instead would give weights that differ by "
                 f"{error:.2%} (root mean square over {sum(t.nf4 is not None for t in self.changed)} linears), at most "
-                f"{worst.nf4:.2%} in {worst.name}."
+                f"{worst.nf4:.2%} in {worst.name}; what training changed is {_rms([t.change for t in trained]) or 0:.2%} "
+                "of the weights. `lensmith eval` on both tells what it means for answers."
             )
         return [*lines, *self.notes]
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "folder": str(self.folder),
             "base": self.base,
             "tuned": str(self.tuned),
             "into": self.into,
@@ -134,11 +134,13 @@ def merge_run(
     into: Into = "base",
     progress: Progress | None = None,
     file_bytes: int = FILE_BYTES,
+    finish: Callable[[Path, Merged], None] | None = None,
 ) -> Merged:
     """The tuned weights in `tuned` (a run, checkpoint or adapter folder) merged into the base of `run`, written to `out`.
 
     `out` holds the whole model: weights in files of about `file_bytes`, the base's other files, and the run's image limits
-    in the processor. It appears whole or not at all; an earlier export there is replaced.
+    in the processor. It appears whole or not at all; an earlier export there is replaced. `finish(folder, merged)` may add
+    files before it appears.
 
     Raises:
         RunError: `out` holds something else, or the disk is full.
@@ -148,27 +150,16 @@ def merge_run(
     start = time.perf_counter()
     check_replaceable(out)
     config, source = run.read_config(), find_tuned(tuned)
-    base = open_base(config, run.read_environment().get("precision"))
+    base = open_base(run, config)
     notes = _check_into(base, config, into)
     changes, inherited = _all_changes(config, source)
     notes += inherited + _check_fit(base, source, changes)
     files = plan_files(base.entries, file_bytes)
     nbytes = sum(entry.nbytes for entry in base.entries)
     check_space(out, nbytes + SMALL_FILES_BYTES)
-    measured: list[MergedTensor] = []
     with written_whole(out) as folder:
         names = copy_files(base, run, config, folder)
-        done = 0
-        for file_name, entries in zip(file_names(len(files)), files, strict=True):
-            with (folder / file_name).open("wb") as file:
-                write_header(file, entries)
-                for entry in entries:
-                    found = _write_tensor(file, entry, base, changes.get(entry.name), into)
-                    measured += [] if found is None else [found]
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(base.entries))
-        write_index(folder, files)
+        measured = _write_weights(folder, files, base, changes, into, progress)
         merged = Merged(
             folder=out,
             base=base.name,
@@ -182,6 +173,8 @@ def merge_run(
             notes=tuple(notes + _noticed(measured)),
         )
         write_record(folder, {"to": "merged"} | merged.to_json())
+        if finish is not None:
+            finish(folder, merged)
     return merged
 
 
@@ -210,12 +203,14 @@ def _all_changes(config: RunConfig, source: Path) -> tuple[dict[str, Change], li
         return changes, []
     earlier = find_tuned(Path(config.tune.start_from)) / TRAINED_WEIGHTS
     inherited = read_trained(earlier) if earlier.is_file() else {}
-    if not (more := sorted(set(inherited) - set(changes))):
+    kept = {name: change for name, change in inherited.items() if not isinstance(changes.get(name), Replacement)}
+    if not kept:
         return changes, []
-    note = (
-        f"{len(more)} tensors that {earlier.parent} had trained itself are merged with this run's own, first {more[0]}."
-    )
-    return inherited | changes, [note]
+    for name, change in kept.items():
+        own = changes.get(name)
+        changes[name] = OnTop(change, own) if isinstance(own, LowRank) else change
+    note = f"{len(kept)} tensors that {earlier.parent} had trained itself are merged with this run's own, first {min(kept)}."
+    return changes, [note]
 
 
 def _check_fit(base: Base, source: Path, changes: dict[str, Change]) -> list[str]:
@@ -241,6 +236,30 @@ def _check_fit(base: Base, source: Path, changes: dict[str, Change]) -> list[str
         changes[HEAD] = changes[EMBEDDING]
         return [f"{base.name} also stores its tied head; it was written equal to the trained embedding."]
     return []
+
+
+def _write_weights(
+    folder: Path,
+    files: Sequence[Sequence[Entry]],
+    base: Base,
+    changes: Mapping[str, Change],
+    into: Into,
+    progress: Progress | None,
+) -> list[MergedTensor]:
+    """All files and their index; what was measured of the tensors that are not simply copied."""
+    measured: list[MergedTensor] = []
+    done, total = 0, sum(map(len, files))
+    for file_name, entries in zip(file_names(len(files)), files, strict=True):
+        with (folder / file_name).open("wb") as file:
+            write_header(file, entries)
+            for entry in entries:
+                found = _write_tensor(file, entry, base, changes.get(entry.name), into)
+                measured += [] if found is None else [found]
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    write_index(folder, files)
+    return measured
 
 
 def _write_tensor(file: BinaryIO, entry: Entry, base: Base, change: Change | None, into: Into) -> MergedTensor | None:

@@ -19,6 +19,11 @@ GIB = 2**30
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def size(nbytes: float) -> str:
+    """In MiB where GiB would show as nothing."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
+
+
 def check_replaceable(folder: Path) -> None:
     """Raises RunError for a folder that holds something else than an earlier export, and for a file of that name."""
     if folder.is_file():
@@ -36,7 +41,7 @@ def check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise RunError(
-            f"{folder}: needs {nbytes / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free there; nothing was written. "
+            f"{folder}: needs {size(nbytes)}, and {size(free)} are free there; nothing was written. "
             "Make room, or choose a folder on another disk with --out."
         )
 
@@ -48,6 +53,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     Everything is on disk before the rename. An earlier export there is replaced; until then it stays as it is.
     Raises RunError for a folder of something else, and where the disk is full.
     """
+    folder = folder.resolve()
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
@@ -63,9 +69,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
     except OSError as cause:
         if cause.errno not in _NO_SPACE:
             raise
-        free = shutil.disk_usage(folder.parent).free / GIB
+        free = size(shutil.disk_usage(folder.parent).free)
         raise RunError(
-            f"{folder}: no space left while exporting; {free:.2f} GiB are free there, and nothing half is left behind. "
+            f"{folder}: no space left while exporting; {free} are free there, and nothing half is left behind. "
             "Make room, or choose a folder on another disk with --out."
         ) from cause
     finally:

@@ -10,6 +10,8 @@ are given are theirs to write into.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from functools import cache
 from typing import Any
 
@@ -164,6 +166,129 @@ def rotate_backward(
         batched = rope_backward(grad_query[None].transpose(1, 2), grad_key[None].transpose(1, 2), *rope)
         return tuple(part[0].transpose(0, 1) for part in batched)  # type: ignore[return-value]
     return modeling_qwen3_vl.apply_rotary_pos_emb(grad_query, grad_key, rope[0], -rope[1])
+
+
+Norm = tuple[Float[Tensor, " width"], float]
+"""Weight and epsilon of an RMSNorm."""
+
+
+def norm_rotate_forward(
+    query: Float[Tensor, "tokens heads width"],
+    key: Float[Tensor, "tokens kv_heads width"],
+    query_norm: Norm,
+    key_norm: Norm,
+    rope: tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]],
+) -> tuple[Float[Tensor, "tokens heads width"], Float[Tensor, "tokens kv_heads width"], Any]:
+    """RMSNorm and rotary embedding of every head, and both norms' 1 / rms for `norm_rotate_backward`: one launch.
+
+    What is given may be a view with rows further apart (as of stacked projections), and stays as it is.
+    """
+    if _takes_heads(query, query_norm[0]) and _heads_kernel_agrees(query.device, query.dtype):
+        return _norm_rotate_once(query, key, query_norm, key_norm, rope)
+    query, query_scale = rms_forward(query, *query_norm)
+    key, key_scale = rms_forward(key, *key_norm)
+    query, key = rotate_forward(query, key, rope)
+    return query, key, (query_scale, key_scale)
+
+
+def _norm_rotate_once(
+    query: Tensor, key: Tensor, query_norm: Norm, key_norm: Norm, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from lensmith.model.head_kernels import BLOCK, norm_rotate
+
+    query, key = _heads_together(query), _heads_together(key)
+    (tokens, heads, width), kv_heads = query.shape, key.shape[1]
+    (query_weight, query_eps), (key_weight, key_eps), (cos, sin) = query_norm, key_norm, rope
+    to_query, to_key = query.new_empty(query.shape), key.new_empty(key.shape)
+    scales = query.new_empty((tokens, heads + kv_heads), dtype=torch.float32)
+    # By position: each name costs the host another microsecond or two.
+    launch: Any = norm_rotate[tokens, -(-heads // BLOCK) - (-kv_heads // BLOCK)]
+    launch(
+        query, key, query_weight, key_weight, cos.contiguous(), sin.contiguous(), to_query, to_key, scales,
+        query.stride(0), key.stride(0), query_eps, key_eps, heads, kv_heads, width, BLOCK,
+    )  # fmt: skip
+    return to_query, to_key, scales
+
+
+def norm_rotate_backward(
+    grad_query: Float[Tensor, "tokens heads width"],
+    grad_key: Float[Tensor, "tokens kv_heads width"],
+    query: Float[Tensor, "tokens heads width"],
+    key: Float[Tensor, "tokens kv_heads width"],
+    scales: Any,
+    query_weight: Float[Tensor, " width"],
+    key_weight: Float[Tensor, " width"],
+    rope: tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]],
+) -> tuple[Float[Tensor, "tokens heads width"], Float[Tensor, "tokens kv_heads width"]]:
+    """Gradients of `query` and `key` as `norm_rotate_forward` was given them; `scales` from it. The weights are frozen."""
+    if not isinstance(scales, Tensor):
+        grad_query, grad_key = rotate_backward(grad_query, grad_key, rope)
+        grad_query = rms_backward(grad_query, query, query_weight, scales[0])
+        return grad_query, rms_backward(grad_key, key, key_weight, scales[1])
+    from lensmith.model.head_kernels import BLOCK, norm_rotate_back
+
+    query, key, cos, sin = _heads_together(query), _heads_together(key), rope[0].contiguous(), rope[1].contiguous()
+    grad_query, grad_key = _heads_together(grad_query), _heads_together(grad_key)
+    (tokens, heads, width), kv_heads = query.shape, key.shape[1]
+    launch: Any = norm_rotate_back[tokens, -(-heads // BLOCK) - (-kv_heads // BLOCK)]
+    launch(
+        grad_query, grad_key, query, key, scales, query_weight, key_weight, cos, sin,
+        grad_query.stride(0), grad_key.stride(0), query.stride(0), key.stride(0), heads, kv_heads, width, BLOCK,
+    )  # fmt: skip
+    return grad_query, grad_key
+
+
+def _takes_heads(query: Float[Tensor, "tokens heads width"], weight: Tensor) -> bool:
+    """Whether the kernels of all heads take this: a head is a power of two wide, its norm's weight of its type."""
+    width = query.shape[-1]
+    return _fused(query) and width >= 16 and width.bit_count() == 1 and weight.dtype is query.dtype
+
+
+@cache
+def _heads_kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels, as built for this card, compute what they should; asked once, and where not, said."""
+    from triton.errors import TritonError
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            apart = _heads_kernel_error(device, dtype)
+        reason = f"its results are {apart:.1%} apart"
+    except (RuntimeError, TritonError) as cause:
+        apart, reason = float("inf"), str(cause).partition("\n")[0]
+    if apart <= 2 * torch.finfo(dtype).eps:
+        return True
+    warnings.warn(
+        f"{torch.cuda.get_device_name(device)}: norm and rotation go through three kernels instead of one, which does not "
+        f"work here ({reason}). Training is exact, and a little slower where packs are short.",
+        stacklevel=2,
+    )
+    return False
+
+
+def _heads_kernel_error(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error among results and gradients of three made-up tokens, against fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    query, key, *grads = (draw(3, heads, 128).to(dtype) for heads in (4, 2, 4, 2))
+    weights = [(1 + 0.3 * draw(128)).to(dtype) for _ in range(2)]
+    angle = draw(3, 64)
+    rope = (torch.cat([angle.cos()] * 2, -1).to(dtype), torch.cat([angle.sin()] * 2, -1).to(dtype))
+    leaves = [x.float().requires_grad_() for x in (query, key)]
+    normed = [F.rms_norm(x, (128,), weight.float(), 1e-6) for x, weight in zip(leaves, weights, strict=True)]
+    exact = modeling_qwen3_vl.apply_rotary_pos_emb(normed[0], normed[1], *(part.float() for part in rope))
+    exact = [*exact, *torch.autograd.grad(exact, leaves, [grad.float() for grad in grads])]
+    *once, scales = _norm_rotate_once(query, key, (weights[0], 1e-6), (weights[1], 1e-6), rope)
+    once += norm_rotate_backward(grads[0], grads[1], query, key, scales, weights[0], weights[1], rope)
+    return max(
+        float((ours - right).detach().norm() / right.detach().norm()) for ours, right in zip(once, exact, strict=True)
+    )
+
+
+def _heads_together(rows: Float[Tensor, "tokens heads width"]) -> Float[Tensor, "tokens heads width"]:
+    """Heads of a row one after the other and no row over another; a copy where they are not."""
+    row, head, one = rows.stride()
+    _, heads, width = rows.shape
+    return rows if one == 1 and head == width and row >= heads * width else rows.contiguous()
 
 
 def swiglu_forward(gate: Float[Tensor, "tokens inner"], up: Float[Tensor, "tokens inner"]) -> Tensor:

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from lensmith.model.attention import Attended, Layout, attend_backward, attend_by_hand
 from lensmith.model.kernels import (
+    norm_rotate_backward,
+    norm_rotate_forward,
     rms_backward,
     rms_forward,
-    rotate_backward,
-    rotate_forward,
     swiglu_backward,
     swiglu_forward,
 )
@@ -50,9 +50,9 @@ class Kept:
     normed: Any = None
     thin_normed: Any = None
     query: Any = None
-    query_scale: Any = None
     key: Any = None
-    key_scale: Any = None
+    head_scales: Any = None
+    """Of the norms of queries and keys."""
     attended: Attended | None = None
     mixed: Any = None
     thin_mixed: Any = None
@@ -178,14 +178,12 @@ class FusedLayer:
         if kept is not None:
             kept.hidden, kept.hidden_scale, kept.normed, kept.thin_normed = hidden, hidden_scale, normed, thin_normed
             kept.query, kept.key = query, key
-        query, query_scale = rms_forward(query, *query_norm)
-        key, key_scale = rms_forward(key, *key_norm)
-        query, key = rotate_forward(query, key, rope)
+        query, key, head_scales = norm_rotate_forward(query, key, query_norm, key_norm, rope)
         mixed, attended = attend_by_hand(query, key, value, layout, self._scale, keeps=kept is not None)
         mixed = mixed.flatten(1)
         (middle,), thin_mixed = self._out.forward(mixed, onto=hidden)
         if kept is not None:
-            kept.query_scale, kept.key_scale, kept.attended = query_scale, key_scale, attended
+            kept.head_scales, kept.attended = head_scales, attended
             kept.mixed, kept.thin_mixed = mixed, thin_mixed
         return middle
 
@@ -235,9 +233,11 @@ class FusedLayer:
         grad_mixed = self._out.input_gradient((grad,), back).unflatten(1, (-1, self._head_dim))
         grad_query, grad_key, grad_value = attend_backward(grad_mixed, kept.take("attended"))
         del grad_mixed
-        grad_query, grad_key = rotate_backward(grad_query, grad_key, rope)
-        grad_query = rms_backward(grad_query, kept.take("query"), query_norm, kept.take("query_scale"))
-        grad_key = rms_backward(grad_key, kept.take("key"), key_norm, kept.take("key_scale"))
+        query, key, scales = kept.take("query"), kept.take("key"), kept.take("head_scales")
+        grad_query, grad_key = norm_rotate_backward(
+            grad_query, grad_key, query, key, scales, query_norm, key_norm, rope
+        )
+        del query, key, scales
         grads = [part.flatten(1) for part in (grad_query, grad_key, grad_value)]
         back, found = self._qkv.adapter_gradients(grads, kept.take("normed"), kept.take("thin_normed"))
         found += out_found
