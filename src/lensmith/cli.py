@@ -448,4 +448,4 @@ def _say(text: Any) -> None:
     Console(file=sys.stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-from lensmith import cli_export, cli_serve  # noqa: E402, F401  (verbs of their own modules, which need what stands above)
+from lensmith import cli_export, cli_serve, cli_verify  # noqa: E402, F401  (verbs of their own, which need what stands above)

@@ -102,7 +102,7 @@ def prepare_trainable(model: nn.Module, tune: Tune, *, seed: int) -> nn.Module:
     if pattern := adapted_modules(tune):
         model = _add_adapter(model, _lora_config(tune, pattern), base_dtype, seed=seed)
     for name, parameter in model.named_parameters():
-        if not is_adapter(name) and states[component_of(name)] == "trained" and _covered(plain_name(name), tune):
+        if not is_adapter(name) and trains_itself(plain_name(name), tune):
             if not parameter.is_floating_point():
                 raise ConfigError(
                     f"tune.{component_of(name)}=trained: {plain_name(name)} is stored in 4 bits in this checkpoint "
@@ -145,8 +145,11 @@ def adapted_modules(tune: Tune) -> str | None:
     return "|".join(f"({pattern})" for pattern in patterns) or None
 
 
-def _covered(name: str, tune: Tune) -> bool:
-    """Whether tune.attention and tune.mlp leave this decoder weight in; other components have no such switch."""
+def trains_itself(name: str, tune: Tune) -> bool:
+    """Whether this parameter of the model (not of an adapter) is one that `tune` trains."""
+    if states_of(tune)[component_of(name)] != "trained":
+        return False
+    # tune.attention and tune.mlp leave decoder weights out; other components have no such switch.
     language = name.startswith("model.language_model.")
     return not language or not ((".self_attn." in name and not tune.attention) or (".mlp." in name and not tune.mlp))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lensmith.config.tree import Data, RunConfig
+from lensmith.config.tree import Data, Eval, RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.data.scan import Scan
 from lensmith.errors import DataError, RunError
@@ -111,20 +111,15 @@ def train_and_compare(
     if prepared.held_out is None or not len(prepared.held_out.rows) or rank() != 0:
         return Compared(_train(prepared, say=say, progress=train_progress), None)
     run, samples = prepared.run, _drawn_samples(prepared.held_out, config, say)
-    if (
-        config.task == "grpo"
-        and config.eval.metric == "auto"
-        and "math_boxed" in map(_reward_name, config.grpo.rewards)
-    ):
-        config = config.model_copy(update={"eval": config.eval.model_copy(update={"metric": "boxed"})})
+    settings = eval_settings(config)
 
     def ask(model: Any, name: str, progress: Progress | None = None) -> EvalResult:
         keep = run.predictions_path(name)
         return evaluate_model(
-            model, prepared.encoder, prepared.loaded.processor, samples, config.eval, keep=keep, progress=progress
+            model, prepared.encoder, prepared.loaded.processor, samples, settings, keep=keep, progress=progress
         )
 
-    before = _kept_answers(config, run, samples) or ask(prepared.model, "before", eval_progress)
+    before = _kept_answers(settings, run, samples) or ask(prepared.model, "before", eval_progress)
     for sentence in (f"Before training: {before.score}", *_failures(before)):
         say(sentence)
     trained = _train(
@@ -155,6 +150,12 @@ def _better_before(run: RunDir, score: Score) -> list[str]:
         f"{checkpoint}. lensmith eval, verify and export take it as they take a run. The same questions chose it, so part of "
         "its lead is chance; eval.patience ends a run there by itself."
     ]
+
+
+def eval_settings(config: RunConfig) -> Eval:
+    """The settings of the evaluation, where eval.metric=auto takes what the rewards compare."""
+    boxed = config.task == "grpo" and "math_boxed" in map(_reward_name, config.grpo.rewards)
+    return config.eval.model_copy(update={"metric": "boxed"}) if boxed and config.eval.metric == "auto" else config.eval
 
 
 def _reward_name(spec: str | dict[str, Any]) -> Any:
@@ -293,7 +294,7 @@ def _check_metric(config: RunConfig) -> None:
         load_metric(config.eval.metric)
 
 
-def _kept_answers(config: RunConfig, run: RunDir, samples: list[Sample]) -> EvalResult | None:
+def _kept_answers(settings: Eval, run: RunDir, samples: list[Sample]) -> EvalResult | None:
     """The base model's answers, where an earlier start of this run asked it the same questions."""
     kept_path = run.predictions_path("before")
     if not kept_path.is_file() or run.latest_checkpoint() is None:  # else they may be answers of other settings
@@ -303,7 +304,7 @@ def _kept_answers(config: RunConfig, run: RunDir, samples: list[Sample]) -> Eval
     known = [(p.where, p.question, p.reference, set(p.columns)) for p in kept]
     if known != [(s.where, s.question, s.answer, set(kept_columns(s.columns))) for s in samples]:
         return None
-    return score_predictions(kept, config.eval)
+    return score_predictions(kept, settings)
 
 
 def _score_json(result: EvalResult) -> dict[str, Any]:
