@@ -8,6 +8,7 @@
         completions.jsonl         of a GRPO run: what was answered and how it was judged; completions.html shows the newest
         best.json                 the checkpoint with the best score or, of a GRPO run, reward, kept besides the newest ones
         predictions-before.jsonl  answers to the held-out questions; -after, and -step-000200 on the way
+        eval.html                 the largest gains and losses among them, with pictures
         checkpoints/step-000200/  whole or not there: written under another name, then renamed
 
 A checkpoint that a kill or a full disk cut short keeps its temporary name and is swept away by the next one. Only one
@@ -81,6 +82,7 @@ class RunDir:
         self.completions_path = self.path / "completions.jsonl"
         self.page_path = self.path / "completions.html"
         self.best_path = self.path / "best.json"
+        self.eval_page_path = self.path / "eval.html"
         self.checkpoints_path = self.path / "checkpoints"
 
     def __repr__(self) -> str:
@@ -280,6 +282,14 @@ class RunDir:
         for pattern in (".saving-*", ".old-*"):
             for left in self.checkpoints_path.glob(pattern):
                 shutil.rmtree(left)
+
+
+def find_run(subject: str | Path) -> tuple[RunDir, Path]:
+    """The run that `subject` is, or whose checkpoint it is, and the folder that holds the tuned weights meant."""
+    path = Path(subject)
+    if STEP_NAME.fullmatch(path.name) and path.is_dir() and RunDir(path.parent.parent).exists:
+        return RunDir(path.parent.parent), path
+    return RunDir(path), path
 
 
 def checkpoint_step(checkpoint: Path) -> int:

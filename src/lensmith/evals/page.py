@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lensmith.errors import RowError
 from lensmith.evals.markup import data_uri, fill_template, list_facts, shorten, show
 from lensmith.evals.score import Comparison, Score
+from lensmith.types import ImageRef
 
 THUMBNAIL_PX = 256
 """Longest side of a picture on the page: enough for 88 CSS pixels on a dense screen."""
 SHOWN_CHARACTERS = 80
 """Longer answers are cut on the page; the kept predictions have all of them."""
+LOSSLESS_BYTES = 20_000
+"""A drawing is a small PNG; a photograph is a smaller JPEG."""
+JPEG_QUALITY = 80
 SMOOTHING = 0.05
 """Share of all steps that one point of the smooth line is the mean of."""
 
@@ -28,7 +33,8 @@ class Line:
     """One line of the before/after table."""
 
     name: str
-    before: Score
+    before: Score | None
+    """None where one model alone was asked."""
     after: Score
 
 
@@ -36,13 +42,15 @@ class Line:
 class Example:
     """One test question with both answers."""
 
-    picture: Path
+    picture: Path | ImageRef | None
     question: str
     reference: str
-    before: str
+    before: str | None
+    """None where one model alone was asked."""
     after: str
-    right_before: bool
-    right_after: bool
+    right_before: float
+    right_after: float
+    """1 right, 0 wrong, between them partly right."""
     note_before: str = ""
     note_after: str = ""
     """Said behind each answer, such as what it earned."""
@@ -63,31 +71,47 @@ def render_page(
     summary: str,
     facts: Mapping[str, str],
     table: Sequence[Line],
-    comparison: Comparison,
-    curve: Path,
-    curve_text: str,
+    comparison: Comparison | None,
     galleries: Sequence[Gallery],
     footer: str,
+    curve: Path | None = None,
+    curve_text: str = "",
     curve_heading: str = "Loss",
+    notes: Sequence[str] = (),
 ) -> str:
-    """The whole page as text; `curve` is a PNG and `curve_text` says in words what it shows."""
+    """The whole page as text.
+
+    Args:
+        comparison: None where one model alone was asked, and so no line of the table has a `before`.
+        curve: a PNG, and `curve_text` says in words what it shows.
+        notes: sentences below the table.
+    """
+    compared = f"{comparison.sentence} {comparison.difference_sentence} " if comparison else ""
+    columns = ("Questions", "Before", "After") if comparison else ("Questions", "Score")
     blanks = {
         "title": show(title),
         "summary": show(summary),
         "facts": list_facts(facts),
+        "heading": "Before and after" if comparison else "Score",
+        "columns": "".join(f'<th scope="col">{column}</th>' for column in columns),
         "table": "\n".join(_table_row(line) for line in table),
-        "table_note": show(f"{comparison.sentence} The thin line in a bar is the 95\u00a0% interval."),
-        "curve": data_uri(curve.read_bytes(), "image/png"),
-        "curve_heading": show(curve_heading),
-        "curve_text": show(curve_text),
+        "table_note": show(f"{compared}The thin line in a bar is the 95\u00a0% interval."),
+        "notes": "".join(f"<p>{show(note)}</p>" for note in notes),
+        "curve": "" if curve is None else _curve(curve, curve_heading, curve_text),
         "examples": "\n".join(_gallery(gallery) for gallery in galleries if gallery.examples),
         "footer": show(footer),
     }
     return fill_template("lensmith.evals", "page.html", blanks)
 
 
+def _curve(curve: Path, heading: str, text: str) -> str:
+    image = data_uri(curve.read_bytes(), "image/png")
+    return f'<h2>{show(heading)}</h2>\n<figure><img src="{image}" alt="{show(text)}"></figure>'
+
+
 def _table_row(line: Line) -> str:
-    cells = "".join(_table_cell(score, when) for score, when in ((line.before, "before"), (line.after, "after")))
+    scores = ((line.before, "before"), (line.after, "after"))
+    cells = "".join(_table_cell(score, when) for score, when in scores if score is not None)
     return f'<tr><th scope="row">{show(line.name)}<br><small>n = {line.after.n:,}</small></th>{cells}</tr>'
 
 
@@ -108,34 +132,51 @@ def _gallery(gallery: Gallery) -> str:
 
 
 def _example(example: Example) -> str:
+    before = (
+        "" if example.before is None else _answer("before", example.before, example.right_before, example.note_before)
+    )
+    after = _answer(
+        "answer" if example.before is None else "after", example.after, example.right_after, example.note_after
+    )
     return (
-        f'<li class="card"><img src="{_thumbnail_uri(example.picture)}" alt="">'
-        f"<p>{show(example.question)}</p><dl>"
-        f"<dt>right answer</dt><dd>{show(shorten(example.reference, SHOWN_CHARACTERS))}</dd>"
-        f"<dt>before</dt>{_answer(example.before, example.right_before, example.note_before)}"
-        f"<dt>after</dt>{_answer(example.after, example.right_after, example.note_after)}</dl></li>"
+        f'<li class="card">{_picture(example.picture)}'
+        f"<p>{show(shorten(example.question, SHOWN_CHARACTERS))}</p><dl>"
+        f"<dt>right answer</dt><dd>{show(shorten(example.reference, SHOWN_CHARACTERS))}</dd>{before}{after}</dl></li>"
     )
 
 
-def _answer(answer: str, right: bool, note: str) -> str:
-    mark, word = ("✓", "right") if right else ("✗", "wrong")
+def _answer(when: str, answer: str, right: float, note: str) -> str:
+    mark, word = ("✓", "right") if right == 1 else ("✗", "wrong") if right == 0 else ("~", "partly")
+    spoken = f"{right:.0%} right" if word == "partly" else word
     said = show(shorten(answer, SHOWN_CHARACTERS)) or "(nothing)"
     told = f" <small>{show(note)}</small>" if note else ""
     return (
-        f'<dd class="{word}"><span aria-hidden="true">{mark}</span><span class="hidden">{word}: </span> '
+        f'<dt>{when}</dt><dd class="{word}"><span aria-hidden="true">{mark}</span><span class="hidden">{spoken}: </span> '
         f'<span class="said">{said}</span>{told}</dd>'
     )
 
 
-def _thumbnail_uri(picture: Path) -> str:
-    from PIL import Image, ImageOps
+def _picture(picture: Path | ImageRef | None) -> str:
+    if picture is None:
+        return '<span class="soft">no picture</span>'
+    ref = ImageRef(picture, key=str(picture)) if isinstance(picture, Path) else picture
+    try:
+        return f'<img src="{_thumbnail_uri(ref)}" alt="">'
+    except RowError as fault:  # it was there when the question was asked
+        return f'<span class="soft">{show(shorten(fault.sentence, SHOWN_CHARACTERS))}</span>'
 
-    with Image.open(picture) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+
+def _thumbnail_uri(ref: ImageRef) -> str:
+    from lensmith.data.images import open_image
+
+    upright = open_image(ref)
     upright.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    upright.save(buffer, "PNG", optimize=True)
-    return data_uri(buffer.getvalue(), "image/png")
+    lossless, lossy = io.BytesIO(), io.BytesIO()
+    upright.save(lossless, "PNG", optimize=True)
+    if lossless.tell() <= LOSSLESS_BYTES:
+        return data_uri(lossless.getvalue(), "image/png")
+    upright.convert("RGB").save(lossy, "JPEG", quality=JPEG_QUALITY)
+    return data_uri(lossy.getvalue(), "image/jpeg")
 
 
 def draw_loss_curve(samples: Sequence[int], losses: Sequence[float], path: Path, *, title: str) -> None:

@@ -1,7 +1,7 @@
 """Answers by greedy generation, from the same template and the same pixels that training reads, and what they score.
 
-`answer_samples` goes through the rollout engine (lensmith.evals.answer). `greedy_settings` and `pad_prompts` are the same
-prompts and the same rules for transformers' own `generate`, which is what the answers are tested against.
+`answer_samples` goes through the rollout engine (lensmith.evals.answer); a model of transformers' own goes through its
+`generate`, with the same prompts and the same rules, which is what the engine's answers are tested against.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from lensmith.data.boxes import restore_answer
 from lensmith.data.encode import Encoder
 from lensmith.data.images import grid_of, read_patches
 from lensmith.errors import DataError
-from lensmith.evals.answer import answer_prompts
+from lensmith.evals.answer import Answer, answer_prompts, batches
+from lensmith.evals.probe import ANSWER_TOKENS as PROBE_TOKENS
+from lensmith.evals.probe import ProbeQuestion
 from lensmith.evals.results import (
     EvalResult,
     Prediction,
@@ -129,20 +131,25 @@ def answer_samples(
     """The model's answer to the last question of each sample, greedily; a final assistant turn is not shown to it.
 
     `model` is an Engine, as load_model makes it, or a PeftModel around one; inside its `disable_adapter()` the base answers.
-    Its mode (training or not, module by module) is put back afterwards.
+    One that transformers loaded answers by its own `generate`: `lensmith verify` takes it as the judge. The mode of its
+    modules (training or not) is put back afterwards.
     """
     prompts = [encoder.encode_prompt(sample) for sample in samples]
     settings = greedy_settings(model, processor.tokenizer, encoder.end_token_id, max_new_tokens)
-    answers = answer_prompts(
-        find_engine(model),
-        encoder,
-        prompts,
-        end_ids=settings.eos_token_id,
-        never_ids=settings.suppress_tokens,
-        max_new_tokens=max_new_tokens,
-        batch=batch,
-        progress=progress,
-    )
+    engine = find_engine(model)
+    if engine is None:
+        answers = _generate(model, encoder, prompts, settings, batch, progress)
+    else:
+        answers = answer_prompts(
+            engine,
+            encoder,
+            prompts,
+            end_ids=settings.eos_token_id,
+            never_ids=settings.suppress_tokens,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            progress=progress,
+        )
     texts = processor.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
     asked = zip(texts, samples, prompts, strict=True)
     texts = [restore_answer(text, sample, prompt.images) for text, sample, prompt in asked]
@@ -150,6 +157,40 @@ def answer_samples(
         predict(sample, prompt.images, text, len(answer.ids), answer.stopped)
         for sample, prompt, text, answer in zip(samples, prompts, texts, answers, strict=True)
     ]
+
+
+def _generate(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[Encoded],
+    settings: GenerationConfig,
+    batch: int,
+    progress: Progress | None,
+) -> list[Answer]:
+    """The same by transformers: padded on the left, until the last one of a batch has ended."""
+    found: dict[int, Answer] = {}
+    ends: Any = settings.eos_token_id
+    with answering(model):
+        for chosen in batches(prompts, batch):
+            inputs = pad_prompts([prompts[index] for index in chosen], encoder, model)
+            written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :].tolist()
+            for index, ids in zip(chosen, written, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                found[index] = Answer(tuple(ids[:end]), end is not None)
+            if progress is not None:
+                progress(len(found), len(prompts))
+    return [found[index] for index in range(len(prompts))]
+
+
+def answer_probe(
+    model: Any, encoder: Encoder, processor: Any, questions: Sequence[ProbeQuestion], *, batch: int
+) -> tuple[str, ...]:
+    """The model's answers to the general questions, in their order."""
+    samples = [question.to_sample(number) for number, question in enumerate(questions)]
+    if not samples:
+        return ()
+    answered = answer_samples(model, encoder, processor, samples, max_new_tokens=PROBE_TOKENS, batch=batch)
+    return tuple(prediction.answer for prediction in answered)
 
 
 def ask_model(

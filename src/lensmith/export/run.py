@@ -10,8 +10,7 @@ from lensmith.errors import ConfigError
 from lensmith.export.hub import check_token, push_folder
 from lensmith.export.merge import Into, Progress
 from lensmith.model.adapters import TUNED_FOLDER, find_tuned
-from lensmith.rundir import RunDir
-from lensmith.train.evaluate import find_run
+from lensmith.rundir import RunDir, find_run
 from lensmith.train.prepare import Say
 
 Kind = Literal["adapter", "merged", "gguf", "vllm"]

@@ -50,16 +50,9 @@ class Route:
     targets: Int[Tensor, " learned"]
 
 
-def find_engine(model: torch.nn.Module) -> Engine:
-    """The Engine that a model is, or that PEFT is wrapped around.
-
-    Raises:
-        TypeError: there is none, as in a model that transformers loaded.
-    """
-    found = next((module for module in model.modules() if isinstance(module, Engine)), None)
-    if found is None:
-        raise TypeError(f"{type(model).__name__}: holds no Engine, which lensmith.model.load.load_model makes.")
-    return found
+def find_engine(model: torch.nn.Module) -> Engine | None:
+    """The Engine that a model is, or that PEFT is wrapped around; None for one that transformers loaded."""
+    return next((module for module in model.modules() if isinstance(module, Engine)), None)
 
 
 class Engine(Qwen3VLForConditionalGeneration):

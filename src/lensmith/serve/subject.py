@@ -25,8 +25,8 @@ from lensmith.errors import ModelError
 from lensmith.model.adapters import TRAINED_WEIGHTS, find_tuned, load_tuned
 from lensmith.model.components import is_adapter, plain_name
 from lensmith.model.load import load_model
+from lensmith.rundir import find_run
 from lensmith.serve.generate import Answer, Sampling, generate_answer
-from lensmith.train.evaluate import find_run
 from lensmith.types import Sample
 
 Which = Literal["base", "tuned"]

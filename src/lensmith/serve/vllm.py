@@ -115,7 +115,7 @@ def vllm_command(
 
 def _find(subject: str) -> tuple[RunConfig, Path | None]:
     from lensmith.model.adapters import find_tuned
-    from lensmith.train.evaluate import find_run
+    from lensmith.rundir import find_run
 
     run, tuned = find_run(subject)
     if not run.exists:

@@ -6,7 +6,8 @@ A mixin in front of one of TRL's trainers; each method does one job and is pinne
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ _Base: Any = object
 """Whatever trainer of TRL's stands behind the mixin."""
 
 GIB = 2**30
+
+
+@contextmanager
+def collecting_afterwards() -> Iterator[None]:
+    """Objects frozen by `RunFolderLoop._settle` can be collected again afterwards; at its end Python would call them leaks."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class RunFolderLoop(_Base):

@@ -26,6 +26,7 @@ from lensmith.model.adapters import TUNED_FOLDER, save_tuned
 from lensmith.model.components import learning_rates, parameter_groups
 from lensmith.model.names import TINY
 from lensmith.rundir import naming_full_disk
+from lensmith.train.loop import collecting_afterwards
 from lensmith.train.measure import own_optimizer
 from lensmith.train.oom import MemoryGuard
 from lensmith.train.prepare import Prepared, Say, check_first_packs, prepare_run
@@ -125,7 +126,7 @@ def take_steps(prepared: Prepared, trainer: Any, stop: StopOnInterrupt, rounds: 
                 f"This run ended after step {prepared.steps_done} already: no round of questions was better (eval.patience)."
             )
         else:
-            with interruptible(stop, say):
+            with interruptible(stop, say), collecting_afterwards():
                 trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         train_s = time.perf_counter() - start - rounds.spent_s
         if stop.asked and rounds.ended_at is None and trainer.state.global_step < total:

@@ -38,8 +38,8 @@ from lensmith.model.adapters import ADAPTER_CONFIG, find_tuned, load_tuned
 from lensmith.model.load import load_model
 from lensmith.model.quant import BITS
 from lensmith.model.stream import FileShards
-from lensmith.rundir import RunDir, naming_full_disk
-from lensmith.train.evaluate import eval_settings, find_run
+from lensmith.rundir import RunDir, find_run, naming_full_disk
+from lensmith.train.evaluate import eval_settings
 
 QUESTIONS = 64
 """Held-out questions that adapter and merged model are asked, at most."""

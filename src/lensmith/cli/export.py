@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lensmith.cli import Json, _say, app
+from lensmith.cli.app import Json, app, say
 
 
 @app.command(
@@ -45,4 +45,4 @@ def export(
 
     asked = Asked(to, out, merge_into, lora, tuple(quant or ()), llama_cpp, push)
     with CountProgress("merging") as merged:
-        return export_run(run, asked, say=_say, progress=merged)
+        return export_run(run, asked, say=say, progress=merged)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lensmith.cli import Json, Subject, _say, app
+from lensmith.cli.app import Json, Subject, app, say
 
 
 @app.command(
@@ -26,7 +26,7 @@ def ask(
     from lensmith.serve.ask import answer_json, ask_subject, terminal_writer
 
     answers = ask_subject(
-        subject, image, question, with_base=base, max_new_tokens=max_tokens, say=_say, on_text=terminal_writer()
+        subject, image, question, with_base=base, max_new_tokens=max_tokens, say=say, on_text=terminal_writer()
     )
     return answer_json(answers)
 
@@ -54,8 +54,8 @@ def serve(
     from lensmith.serve.vllm import choose_engine, exec_vllm
 
     bind_address(host, port, token).close()  # what cannot be listened on is refused before anything is looked at
-    if choose_engine(engine, subject, _say) == "vllm":
+    if choose_engine(engine, subject, say) == "vllm":
         exec_vllm(subject, host=host, port=port, token=token)
     return serve_subject(
-        subject, host=host, port=port, token=token, max_upload_mib=max_upload_mib, max_waiting=max_waiting, say=_say
+        subject, host=host, port=port, token=token, max_upload_mib=max_upload_mib, max_waiting=max_waiting, say=say
     ).to_json()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lensmith.cli import Found, Json, _say, app
+from lensmith.cli.app import Found, Json, app, say
 
 
 @app.command(epilog="Examples: lensmith verify runs/sft; lensmith verify runs/sft --merged runs/sft/export/merged")
@@ -31,7 +31,7 @@ def verify(
     from lensmith.train.progress import CountProgress
 
     with CountProgress("answering") as answered:
-        verified = verify_run(run, merged=merged, questions=questions, endpoint=endpoint, say=_say, progress=answered)
+        verified = verify_run(run, merged=merged, questions=questions, endpoint=endpoint, say=say, progress=answered)
     for piece in verify_screen(verified):
-        _say(piece)
+        say(piece)
     return verified.to_json() if verified.ok else Found(verified.to_json())
