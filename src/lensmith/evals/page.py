@@ -96,7 +96,7 @@ def render_page(
         "columns": "".join(f'<th scope="col">{column}</th>' for column in columns),
         "table": "\n".join(_table_row(line) for line in table),
         "table_note": show(f"{compared}The thin line in a bar is the 95\u00a0% interval."),
-        "notes": "".join(f"<p>{show(note)}</p>" for note in notes),
+        "notes": "".join(f'<p class="note">{show(note)}</p>' for note in notes),
         "curve": "" if curve is None else _curve(curve, curve_heading, curve_text),
         "examples": "\n".join(_gallery(gallery) for gallery in galleries if gallery.examples),
         "footer": show(footer),
