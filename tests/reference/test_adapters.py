@@ -17,6 +17,7 @@ from lensmith.model.adapters import (
     adapter_dtype,
     check_tune,
     find_tuned,
+    inherited_names,
     kept_values,
     load_tuned,
     prepare_trainable,
@@ -229,6 +230,27 @@ def test_a_merger_trained_first_is_the_start_of_a_decoder_adapted_later(
     second = prepare_trainable(build_tiny(), Tune(rank=4, start_from=str(tmp_path / "first")), seed=0)
     assert torch.equal(stock_logits(second, sample), stock_logits(first, sample))
     assert not any(p.requires_grad for n, p in second.named_parameters() if component_of(n) == "merger")
+
+
+def test_what_an_earlier_run_trained_is_saved_with_what_goes_on_from_it(
+    build_tiny, stock_logits, stock_loss, sample, tmp_path
+):
+    first = step(prepare_trainable(build_tiny(), Tune(language="frozen", merger="trained"), seed=0), stock_loss, sample)
+    save_tuned(first, tmp_path / "first")
+    tune = Tune(rank=4, start_from=str(tmp_path / "first"))
+    second = step(prepare_trainable(build_tiny(), tune, seed=0), stock_loss, sample)
+    save_tuned(second, tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    assert torch.equal(
+        stock_logits(load_tuned(build_tiny(), tmp_path / "second"), sample), stock_logits(second, sample)
+    )
+    inherited = inherited_names(tmp_path / "second" / "trained.safetensors")
+    assert set(inherited) == {name for name, _ in build_tiny().named_parameters() if component_of(name) == "merger"}
+    restored = prepare_trainable(build_tiny(), tune.model_copy(update={"start_from": str(tmp_path / "second")}), seed=1)
+    restore_tuned(restored, tmp_path / "second")
+    assert torch.equal(stock_logits(restored, sample), stock_logits(second, sample))
+    save_tuned(restored, tmp_path / "third")
+    assert inherited_names(tmp_path / "third" / "trained.safetensors") == inherited
 
 
 def test_saving_into_a_folder_that_exists_replaces_only_its_own_files(build_tiny, tmp_path):

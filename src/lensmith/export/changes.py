@@ -104,25 +104,23 @@ def read_changes(tuned: Path) -> dict[str, Change]:
 
     Raises ModelError for an adapter of another kind than LoRA and DoRA on linears.
     """
-    changes: dict[str, Change] = {}
-    if (tuned / ADAPTER_CONFIG).is_file():
-        changes |= _read_adapter(tuned)
-    if (tuned / TRAINED_WEIGHTS).is_file():
-        changes |= read_trained(tuned / TRAINED_WEIGHTS)
-    return changes
+    adapted = _read_adapter(tuned) if (tuned / ADAPTER_CONFIG).is_file() else {}
+    trained = _read_trained(tuned / TRAINED_WEIGHTS) if (tuned / TRAINED_WEIGHTS).is_file() else {}
+    both = {name: OnTop(trained[name], adapted[name]) for name in trained.keys() & adapted.keys()}
+    return {**adapted, **trained, **both}
 
 
-def read_trained(path: Path) -> dict[str, Replacement]:
+def _read_trained(path: Path) -> dict[str, Replacement]:
     """The tensors of a `trained.safetensors`, read when their rows are asked for."""
     file = TensorFile(path)
     return {name: Replacement(file.rows(name), file.entry(name).shape) for name in file.names}
 
 
-def _read_adapter(tuned: Path) -> dict[str, Change]:
+def _read_adapter(tuned: Path) -> dict[str, LowRank]:
     config = json.loads((tuned / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     _check_kind(tuned, config)
     file = TensorFile(tuned / ADAPTER_WEIGHTS)
-    changes: dict[str, Change] = {}
+    changes: dict[str, LowRank] = {}
     for key in file.names:
         module, mark, _ = key.partition(".lora_A.")
         if not mark:

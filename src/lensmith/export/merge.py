@@ -21,7 +21,7 @@ from torch import Tensor
 from lensmith.config.tree import RunConfig
 from lensmith.errors import ConfigError, ModelError
 from lensmith.export.base import EMBEDDING, HEAD, Base, copy_files, open_base
-from lensmith.export.changes import Change, LowRank, OnTop, Replacement, read_changes, read_trained
+from lensmith.export.changes import Change, read_changes
 from lensmith.export.tensors import (
     FILE_BYTES,
     Entry,
@@ -35,8 +35,9 @@ from lensmith.export.tensors import (
     write_values,
 )
 from lensmith.export.whole import check_replaceable, check_space, size, write_record, written_whole
-from lensmith.model.adapters import TRAINED_WEIGHTS, find_tuned
+from lensmith.model.adapters import TRAINED_WEIGHTS, find_tuned, inherited_names
 from lensmith.rundir import RunDir
+from lensmith.types import counted
 
 Into = Literal["base", "nf4-dequantised"]
 Progress = Callable[[int, int], None]
@@ -152,8 +153,8 @@ def merge_run(
     config, source = run.read_config(), find_tuned(tuned)
     base = open_base(run, config)
     notes = _check_into(base, config, into)
-    changes, inherited = _all_changes(config, source)
-    notes += inherited + _check_fit(base, source, changes)
+    changes = read_changes(source)
+    notes += _inherited_notes(source) + _check_fit(base, source, changes)
     files = plan_files(base.entries, file_bytes)
     nbytes = sum(entry.nbytes for entry in base.entries)
     check_space(out, nbytes + SMALL_FILES_BYTES)
@@ -196,21 +197,10 @@ def _check_into(base: Base, config: RunConfig, into: Into) -> list[str]:
     return []
 
 
-def _all_changes(config: RunConfig, source: Path) -> tuple[dict[str, Change], list[str]]:
-    """The run's own changes, over the trained weights of the run that it went on from, which it had while it trained."""
-    changes = read_changes(source)
-    if config.tune.start_from is None:
-        return changes, []
-    earlier = find_tuned(Path(config.tune.start_from)) / TRAINED_WEIGHTS
-    inherited = read_trained(earlier) if earlier.is_file() else {}
-    kept = {name: change for name, change in inherited.items() if not isinstance(changes.get(name), Replacement)}
-    if not kept:
-        return changes, []
-    for name, change in kept.items():
-        own = changes.get(name)
-        changes[name] = OnTop(change, own) if isinstance(own, LowRank) else change
-    note = f"{len(kept)} tensors that {earlier.parent} had trained itself are merged with this run's own, first {min(kept)}."
-    return changes, [note]
+def _inherited_notes(source: Path) -> list[str]:
+    if not (names := inherited_names(source / TRAINED_WEIGHTS)):
+        return []
+    return [f"{counted(len(names), 'tensor')} that an earlier run had trained are merged as well, first {min(names)}."]
 
 
 def _check_fit(base: Base, source: Path, changes: dict[str, Change]) -> list[str]:

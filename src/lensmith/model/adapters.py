@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ from lensmith.types import Component
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_WEIGHTS = "trained.safetensors"
+INHERITED = "inherited"
+"""Mark of a parameter that an earlier run trained and this one keeps; in the metadata of TRAINED_WEIGHTS the list of them."""
 TUNED_FOLDER = "tuned"
 """Inside a run or checkpoint folder: where `save_tuned` is expected to have written."""
 
@@ -228,6 +230,23 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What is saved beside an adapter: the trained tensors, and those that an earlier run had trained (`tune.start_from`) and
+    this one leaves as they are. Without them the saved model would not be the one that trained."""
+    inherited = {
+        plain_name(name): parameter for name, parameter in model.named_parameters() if hasattr(parameter, INHERITED)
+    }
+    return inherited | trained_tensors(model)
+
+
+def inherited_names(file: Path) -> tuple[str, ...]:
+    """The names in a `trained.safetensors` whose tensors an earlier run had trained; none where there is no such file."""
+    if not file.is_file():
+        return ()
+    with safe_open(file, "pt") as opened:  # pyright: ignore[reportGeneralTypeIssues]
+        return tuple(json.loads((opened.metadata() or {}).get(INHERITED, "[]")))
+
+
 def save_tuned(model: nn.Module, folder: Path) -> None:
     """Writes adapter and trained weights into `folder`, which appears whole or not at all.
 
@@ -263,9 +282,10 @@ def _write_tuned(model: nn.Module, folder: Path) -> None:
         # "auto" would ask the hub whether the vocabulary was resized; it never is here.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
-    if trained := trained_tensors(model):
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
-        save_file(tensors, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
+    if kept := kept_tensors(model):
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+        inherited = json.dumps(sorted(set(kept) - set(trained_tensors(model))))
+        save_file(tensors, folder / TRAINED_WEIGHTS, metadata={"format": "pt", INHERITED: inherited})
     for file in folder.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())  # a rename must never outlive the bytes it names
@@ -312,10 +332,10 @@ def load_tuned(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn
 def restore_tuned(model: nn.Module, folder: Path) -> None:
     """Puts a checkpoint's weights back into the model they were saved from, already prepared with the same settings.
 
-    Raises ModelError if the folder holds none, or not exactly what trains in this model.
+    Raises ModelError if the folder holds none, or not exactly what this model would save.
     """
     source = find_tuned(Path(folder))
-    own = trained_tensors(model)
+    own = kept_tensors(model)
     found = load_file(source / TRAINED_WEIGHTS) if (source / TRAINED_WEIGHTS).is_file() else {}
     _check_fit(source, found, own, complete=True)
     _fill(model, source)
@@ -340,6 +360,12 @@ def _start_from(model: nn.Module, tune: Tune, folder: Path) -> None:
                     f"Set tune.{setting}={json.dumps(theirs.get(key))}, or start without it."
                 )
     _fill(model, source)
+    if (source / TRAINED_WEIGHTS).is_file():
+        with safe_open(source / TRAINED_WEIGHTS, "pt") as opened:  # pyright: ignore[reportGeneralTypeIssues]
+            theirs = set(opened.keys())
+        for name, parameter in model.named_parameters():
+            if plain_name(name) in theirs and not parameter.requires_grad:
+                setattr(parameter, INHERITED, True)
 
 
 def _fill(model: nn.Module, source: Path) -> None:

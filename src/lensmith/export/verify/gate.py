@@ -12,7 +12,6 @@ import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,9 @@ def _merged_folder(subject: Subject, run: RunDir, given: Path | None) -> Iterato
         return
     promised = None
     if not subject.stored_in_four_bits:
-        promised = check_promised(FileShards(subject.base), subject.tuned, subject.config.tune, tied=subject.tied)
+        promised = check_promised(
+            FileShards(subject.base), subject.tuned, subject.config.tune, tied=subject.tied, also=subject.inherited()
+        )
     if promised is not None:
         subject.settle(promised)
         yield None
@@ -220,12 +221,6 @@ def _ask_merged(subject: Subject, folder: Path | None, base: Logits, adapter: Ev
         model = load_plain(folder, device=subject.device, dtype=subject.dtype)
         subject.forms["from disk"] = read_logits(model, subject.encoder, subject.prompts)
         check = _judge_logits(subject, base, folder, _ask_server(subject, model))
-        if check.ok is False and (inherited := subject.inherited()):
-            earlier = (
-                f" This run went on from {subject.config.tune.start_from}, which had trained {len(inherited)} tensors "
-                "itself; the merged model has them and the tuned folder alone does not, so ship the merged one."
-            )
-            check = replace(check, fix=check.fix + earlier)
         subject.settle(check)
     if adapter is not None:
         with subject.watch.running("metric"):

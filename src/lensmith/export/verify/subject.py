@@ -17,11 +17,8 @@ from lensmith.export.verify.agree import Logits
 from lensmith.export.verify.check import Check, Name, Stopwatch
 from lensmith.export.verify.material import Material, find_material, image_prompts
 from lensmith.export.verify.served import Endpoint
-from lensmith.export.verify.tensors import (
-    tensor_names,
-)
 from lensmith.export.whole import RECORD
-from lensmith.model.adapters import TRAINED_WEIGHTS, find_tuned
+from lensmith.model.adapters import TRAINED_WEIGHTS, inherited_names
 from lensmith.model.load import choose_device, choose_precision, load_processor, local_folder
 from lensmith.model.names import read_architecture
 from lensmith.model.quant import BITS, is_quantised_checkpoint
@@ -78,10 +75,8 @@ class Subject:
         return self.config.tune.method in BITS
 
     def inherited(self) -> tuple[str, ...]:
-        """Tensors that the run that this one went on from had trained itself."""
-        if self.config.tune.start_from is None:
-            return ()
-        return tuple(tensor_names(find_tuned(Path(self.config.tune.start_from)) / TRAINED_WEIGHTS))
+        """Tensors that the run that this one went on from had trained itself, as the tuned folder has them."""
+        return inherited_names(self.tuned / TRAINED_WEIGHTS)
 
 
 def open_subject(

@@ -60,7 +60,7 @@ def check_changed(
     moved = {name for name in names & theirs if digest(base.get(name)) != digest(merged.get(name))}
     idle, lost, other = _compare_trained(base, merged, tuned / TRAINED_WEIGHTS, trained & theirs)
     idle |= (adapted & theirs) - moved
-    promised = _tuned_faults(names, tuned, tune, tied=tied)
+    promised = _tuned_faults(names, tuned, tune, tied=tied, also=also)
     if not promised and not into_dequantised:
         other |= _compare_adapted(base, merged, tuned, (adapted & theirs) - idle)
     faults = [
@@ -85,9 +85,9 @@ def check_changed(
     return at_most("changed", sum(count for count, _ in faults), 0, told, " ".join(sentence for _, sentence in faults))
 
 
-def check_promised(base: Shards, tuned: Path, tune: Tune, *, tied: bool) -> Check | None:
+def check_promised(base: Shards, tuned: Path, tune: Tune, *, tied: bool, also: Collection[str] = ()) -> Check | None:
     """`changed`, failed, where the tuned files are not those that `tune` promises, so that nothing can be merged; else None."""
-    if not (faults := _tuned_faults(set(base.names()), tuned, tune, tied=tied)):
+    if not (faults := _tuned_faults(set(base.names()), tuned, tune, tied=tied, also=also)):
         return None
     told = "the tuned files are not those of this run, and cannot be merged"
     return at_most("changed", sum(count for count, _ in faults), 0, told, " ".join(sentence for _, sentence in faults))
@@ -156,14 +156,16 @@ def _few_bit_weights(names: Collection[str], tune: Tune) -> set[str]:
     return adapted_weights(names, everything)
 
 
-def _tuned_faults(names: set[str], tuned: Path, tune: Tune, *, tied: bool) -> list[tuple[int, str]]:
+def _tuned_faults(
+    names: set[str], tuned: Path, tune: Tune, *, tied: bool, also: Collection[str]
+) -> list[tuple[int, str]]:
     """What the tuned folder has too much or too little of."""
     leaves = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if tune.dora else ()))
     modules = [name.removesuffix(".weight") for name in adapted_weights(names, tune)]
     promised = {f"{PEFT_PREFIX}{module}.{leaf}" for module in modules for leaf in leaves}
     return [
         *_set_faults(tuned / ADAPTER_WEIGHTS, promised),
-        *_set_faults(tuned / TRAINED_WEIGHTS, trained_weights(names, tune, tied=tied)),
+        *_set_faults(tuned / TRAINED_WEIGHTS, trained_weights(names, tune, tied=tied) | set(also)),
     ]
 
 
