@@ -191,38 +191,44 @@ def test_a_batch_of_unequal_lists_is_refused_with_their_lengths():
 @pytest.mark.parametrize(
     ("specs", "sentence"),
     [
-        ([], r"rewards is \[\], but must be a list of at least 1 reward"),
-        ("exact", r"rewards is 'exact', but must be a list"),
-        (["math_box"], r"rewards\[0\]: there is no reward 'math_box' among math_boxed, .* Did you mean math_boxed\?"),
-        ([3], r"rewards\[0\] is 3, but must be a name"),
-        ([{"weight": 2}], r"rewards\[0\] is \{'weight': 2\}, but must be a name"),
-        ([{"name": "exact", "weight": "2"}], r"rewards\[0\]\.weight is '2', but must be a finite number"),
-        ([{"name": "exact", "weight": True}], r"rewards\[0\]\.weight is True, but must be a finite number"),
-        (["exact", "exact"], r"rewards\[1\] is 'exact', and so is rewards\[0\].*as: exact_2"),
+        ([], r"grpo\.rewards is \[\], but must be a list of at least 1 reward"),
+        ("exact", r"grpo\.rewards is 'exact', but must be a list"),
+        (
+            ["math_box"],
+            r"grpo\.rewards\[0\]: there is no reward 'math_box' among math_boxed, .* Did you mean math_boxed\?",
+        ),
+        ([3], r"grpo\.rewards\[0\] is 3, but must be a name"),
+        ([{"weight": 2}], r"grpo\.rewards\[0\] is \{'weight': 2\}, but must be a name"),
+        ([{"name": "exact", "weight": "2"}], r"grpo\.rewards\[0\]\.weight is '2', but must be a finite number"),
+        ([{"name": "exact", "weight": True}], r"grpo\.rewards\[0\]\.weight is True, but must be a finite number"),
+        (["exact", "exact"], r"grpo\.rewards\[1\] is 'exact', and so is grpo\.rewards\[0\].*as: exact_2"),
         (
             [{"name": "anls", "treshold": 0.4}],
             r"anls has no parameter 'treshold' \(set to 0\.4\).* Did you mean threshold\?",
         ),
-        ([{"name": "anls", "threshold": 4}], r"rewards\[0\]\.threshold is 4: input should be less than or equal to 1"),
+        (
+            [{"name": "anls", "threshold": 4}],
+            r"grpo\.rewards\[0\]\.threshold is 4: input should be less than or equal to 1",
+        ),
         (
             [{"name": "exact", "read": "box"}],
-            r"rewards\[0\]\.read is 'box': input should be 'final', 'boxed' or 'text'",
+            r"grpo\.rewards\[0\]\.read is 'box': input should be 'final', 'boxed' or 'text'",
         ),
         (
             ["length"],
-            r"rewards\[0\]: length needs max_tokens, which is not set\. Write \{name: length, max_tokens: \.\.\.\}",
+            r"grpo\.rewards\[0\]: length needs max_tokens, which is not set\. Write \{name: length, max_tokens: \.\.\.\}",
         ),
-        ([{"name": "json_schema", "schema": {"type": "x"}}], r"rewards\[0\]\.schema is .* is no JSON Schema"),
+        ([{"name": "json_schema", "schema": {"type": "x"}}], r"grpo\.rewards\[0\]\.schema is .* is no JSON Schema"),
         (
             ["my_reward.py:near"],
-            r"rewards\[0\]: 'my_reward\.py:near' names the file .*my_reward\.py, which is no Python file",
+            r"grpo\.rewards\[0\]: 'my_reward\.py:near' names the file .*my_reward\.py, which is no Python file",
         ),
         (["my_rewards.py:nearer"], r"my_rewards\.py has no function 'nearer'; it has .*near.* Did you mean near\?"),
         (
             [{"name": "my_rewards.py:near", "withn": 2}],
             r"near has no parameter 'withn'; it has .* Did you mean within\?",
         ),
-        (["broken.py:f"], r"rewards\[0\]: .*broken\.py cannot be run: SyntaxError"),
+        (["broken.py:f"], r"grpo\.rewards\[0\]: .*broken\.py cannot be run: SyntaxError"),
     ],
 )
 def test_a_reward_written_wrongly_is_answered_with_a_sentence(root, specs, sentence):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lensmith.data.groups import Prompt
+from lensmith.evals.text_metrics import repeated_share
 from lensmith.model.decode import Completion
 from lensmith.train.rollout import RolloutCost
 from lensmith.types import Pack, StepStats
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lensmith.train.rewards import RewardFailure, RewardTable
 
 GIB = 2**30
+REPEATED_TOKENS = 4
+"""Of the runs of tokens whose repetition is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class GrpoMeter:
         self.tokens += sum(pack.num_tokens for pack in packs)
         self.learned_tokens += sum(len(completion.ids) for completion in rows)
         self.lengths += [len(completion.ids) for completion in rows]
-        self.repeated += [repeated_share(completion.ids) for completion in rows]
+        self.repeated += [repeated_share(completion.ids, REPEATED_TOKENS) for completion in rows]
         self.cut += sum(not completion.stopped for completion in rows)
         self.policy_s += seconds
 
@@ -147,12 +150,6 @@ class GrpoMeter:
         )
         self._start_anew()
         return found
-
-
-def repeated_share(ids: Sequence[int], length: int = 4) -> float:
-    """Share of the sequences of `length` tokens that stood there before; 0 for texts too short to repeat."""
-    pieces = [tuple(ids[start : start + length]) for start in range(len(ids) - length + 1)]
-    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -52,7 +52,7 @@ class RewardSpec:
     """One reward as it was asked for; whether it exists is not known yet."""
 
     place: str
-    """`rewards[0]`: every message about it starts with it."""
+    """`grpo.rewards[0]`: every message about it starts with it."""
     name: str | Callable[..., Any]
     weight: float
     parameters: Mapping[str, Any]
@@ -95,8 +95,8 @@ def read_reward_specs(specs: Sequence[Written]) -> tuple[RewardSpec, ...]:
         ConfigError: there are none, one is written in no known way, or two would share a column.
     """
     if isinstance(specs, str | Mapping) or not specs:
-        raise ConfigError(f"rewards is {specs!r}, but must be a list of at least 1 reward, such as [math_boxed].")
-    read = tuple(_read(f"rewards[{number}]", spec) for number, spec in enumerate(specs))
+        raise ConfigError(f"grpo.rewards is {specs!r}, but must be a list of at least 1 reward, such as [math_boxed].")
+    read = tuple(_read(f"grpo.rewards[{number}]", spec) for number, spec in enumerate(specs))
     places: dict[str, str] = {}
     for spec in read:
         first = places.setdefault(spec.label, spec.place)
