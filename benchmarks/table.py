@@ -24,6 +24,9 @@ ROWS = {
     "demo-train-s": "`lensmith demo`: training alone, on two CPU cores",
     "demo-samples-per-s": "`lensmith demo`: speed on two CPU cores",
     "demo-samples-per-s-trl": "the same job with stock TRL at its best batch size",
+    "demo-grpo-reward-gain": "`lensmith demo grpo`: smallest gain of mean reward, of three seeds",
+    "demo-grpo-accuracy-gain": "`lensmith demo grpo`: smallest gain of exact answers, of three seeds",
+    "demo-grpo-whole-s": "`lensmith demo grpo`: all of it, on two CPU cores, slowest of three seeds",
     "w1-8b-qlora-recompute-layers": "Qwen3-VL-8B QLoRA, 8 samples of 256 to 1,200 image tokens a step, with recompute",
     "w1-8b-qlora-recompute-none": "the same without recompute",
     "w1-8b-qlora-unsloth": "the same with Unsloth",
@@ -36,6 +39,8 @@ ROWS = {
     "grpo-w2-8b-trl": "the same with stock TRL (one timed step)",
     "grpo-long-8b": "Qwen3-VL-8B QLoRA GRPO: 16 completions of 64 tokens on one image of 2,500",
     "grpo-sharing-8b": "The policy pass over 8 completions of 200 tokens, prompt of 935 shared against separate",
+    "eval-speed-8b": "Qwen3-VL-8B QLoRA: answering held-out questions, transformers' generate against ours",
+    "merge-8b": "Merging an adapter into 8B in bf16 on the processor: anonymous memory at its worst",
     "load-8b-nf4": "Loading 8B in NF4: GPU memory beyond its final 6.7 GiB",
 }
 

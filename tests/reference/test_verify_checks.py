@@ -14,7 +14,7 @@ from lensmith.config.tree import Images, Tune
 from lensmith.data.encode import Encoder
 from lensmith.errors import ModelError
 from lensmith.evals.predict import EvalResult, Prediction
-from lensmith.evals.score import score_answers
+from lensmith.evals.score import judge_answers, score_judged
 from lensmith.export.verify.agree import check_agree, distance, read_logits
 from lensmith.export.verify.answers import check_metric
 from lensmith.export.verify.check import NAMES, Verified, at_most, not_run
@@ -333,9 +333,10 @@ def test_another_template_or_another_image_limit_fails_inputs(served, processor_
 
 def answers(texts: list[str]) -> EvalResult:
     references = ["red"] * len(texts)
-    score = score_answers(texts, references, "exact")
+    judged = judge_answers(texts, references, "exact")
+    score = score_judged(judged)
     told = tuple(Prediction("", "", "red", text, 1, True) for text in texts)
-    return EvalResult("exact", "", score, score, told, 0.0)
+    return EvalResult("exact", "", score, score, score, told, judged, 0.0)
 
 
 def test_answers_that_became_wrong_fail_metric_and_a_few_that_changed_do_not():
