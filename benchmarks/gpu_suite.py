@@ -61,7 +61,6 @@ TASKS = {
         one_sample("2b"),
         Task("ladder", ("memory_grid.py", "KIT", "--ladder"), 85),
         Task("load-8b-nf4", ("load_peak.py", "--random", "KIT", "--size", "8b"), 50),
-        Task("eval-speed-8b", ("eval_speed.py", "KIT", "--size", "8B"), 60),
         Task("grid", ("memory_grid.py", "KIT", "--sizes", "8b", "4b", "2b", "32b"), 230),
     )
 }

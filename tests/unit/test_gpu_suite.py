@@ -86,8 +86,8 @@ def read_tiny() -> str:
 def test_all_scripts_and_all_rows_of_the_table_that_need_a_gpu_are_in_the_suite():
     for task in gpu_suite.TASKS.values():
         assert (BENCHMARKS / task.arguments[0]).is_file()
-    # GRPO's rows stand beside TRL's and are measured with them, in a call of their own (benchmarks/grpo.py). Merging needs none.
-    elsewhere = ("demo", "grpo", "merge")
+    # In calls of their own: GRPO's rows are measured beside TRL's, evaluation's beside generate's. Merging needs no GPU.
+    elsewhere = ("demo", "grpo", "eval-speed", "merge")
     ours = {name for name in ROWS if not name.startswith(elsewhere) and not name.endswith(("-unsloth", "-trl"))}
     assert ours <= gpu_suite.TASKS.keys()
     assert sum(task.about_s for task in gpu_suite.TASKS.values()) <= 9 * 60 + 30
