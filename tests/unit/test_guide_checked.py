@@ -24,7 +24,7 @@ from lensmith.types import VisionGeometry
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-NUM_CLAIMS = 42
+NUM_CLAIMS = 44
 CLAIMS = [claim for topic in read_topics() for claim in topic.claims]
 NUMBER = re.compile(r"\d[\d.,]*\d|\d")
 TYPED = re.compile(r"\d\.\d+ ?GiB|\d ?%|\d ?tokens/s|\d+\.\d+ ?s\b|\d ?(times|倍)")
@@ -81,6 +81,7 @@ def test_both_languages_have_the_same_rows_and_numbers():
         for english, chinese in rows:
             assert sorted(NUMBER.findall(english)) == sorted(NUMBER.findall(chinese)), english
     english, chinese = draw_page("en"), draw_page("zh")
+    assert sorted(NUMBER.findall(english)) == sorted(NUMBER.findall(chinese))
     assert english.count("\n| ") == chinese.count("\n| ")
     assert english.count("\n## ") == chinese.count("\n## ")
 

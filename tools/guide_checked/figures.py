@@ -63,6 +63,10 @@ PLANS = {
     "frozen": f"--model 8b --method qlora {EIGHT_PICTURES} --gpu 80",
     "adapted": f"tune.vision=adapted --model 8b --method qlora {EIGHT_PICTURES} --gpu 80",
     "trained": f"tune.vision=trained --model 8b --method qlora {EIGHT_PICTURES} --gpu 80",
+    "w2": (
+        "optim.effective_samples=8 --model 8b --method qlora --task grpo --completion-tokens 256 --images 1 "
+        "--image-tokens 1024 --group 4 --gpu 80"
+    ),
     "group4": f"{GRPO} --group 4 --gpu 80",
     "group16": f"{GRPO} --group 16 --gpu 80",
     "apart16": f"{GRPO} --group 16 --no-share-prefix --gpu 80",
@@ -153,6 +157,12 @@ class Figure:
 
 
 @functools.cache
+def results() -> Mapping[str, dict[str, Any]]:
+    """Name -> newest result of that name, from benchmarks/results."""
+    return read_results()
+
+
+@functools.cache
 def all_figures() -> Mapping[str, Figure]:
     """Name -> figure."""
     return _single() | _of_cases() | _slopes() | _planned() | _tokens() | _computed() | _versions()
@@ -160,7 +170,7 @@ def all_figures() -> Mapping[str, Figure]:
 
 def measured_value(name: str, key: str) -> Any:
     """What a result says under a dotted key."""
-    value: Any = read_results()[name]
+    value: Any = results()[name]
     for part in key.split("."):
         value = value[part]
     return value
@@ -174,7 +184,7 @@ def find_case(name: str) -> dict[str, Any]:
         ValueError: none or several cases are like that.
     """
     result, wanted = CASES[name]
-    cases = [{**case, "settings": " ".join(case["settings"])} for case in read_results()[result]["cases"]]
+    cases = [{**case, "settings": " ".join(case["settings"])} for case in results()[result]["cases"]]
     found = [case for case in cases if all(case.get(key) == value for key, value in wanted.items())]
     if len(found) != 1:
         raise ValueError(f"{result}.json holds {len(found)} cases with {wanted}, and {name} means exactly one.")

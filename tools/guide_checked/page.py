@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from benchmarks.table import read_results
-from tools.guide_checked.figures import PICTURES, PLANS, Source, all_figures, plan_command
+from tools.guide_checked.figures import PICTURES, PLANS, Source, all_figures, plan_command, results
 
 Language = Literal["en", "zh"]
 Verdict = Literal["holds", "partly", "fails", "unmeasured"]
@@ -178,7 +177,7 @@ def _how(claim: Claim, language: Language) -> str:
 
 def _name_source(source: Source) -> str:
     if source.kind == "measured":
-        result = read_results()[source.name]
+        result = results()[source.name]
         return f"[{source.name}](../{result['file']}) ({_short(result['gpu_or_cpu'])})"
     if source.kind == "planned":
         return f"P{list(PLANS).index(source.name) + 1}"
@@ -216,7 +215,7 @@ def _advice_table(frame: dict[str, str], language: Language) -> str:
     words, lines = WORDS[language], [frame["advice_head"], "|---|---|---|---|---|"]
     for row in read_advice():
         figure, usable = all_figures()[row["figure"]], all_figures()[f"usable.{row['card_gib']}"]
-        gpu = _short(read_results()[figure.sources[0].name]["gpu_or_cpu"])
+        gpu = _short(results()[figure.sources[0].name]["gpu_or_cpu"])
         cells = (
             row["job"][language],
             row["guide"],
@@ -233,7 +232,7 @@ def _sources(frame: dict[str, str], language: Language) -> Iterator[str]:
     yield f"## {frame['sources_title']}\n\n{_fill(frame['sources'], language)}"
     lines = [WORDS[language]["results"], "|---|---|---|---|"]
     for name in dict.fromkeys(source.name for source in used if source.kind == "measured"):
-        result = read_results()[name]
+        result = results()[name]
         cells = (f"[{name}](../{result['file']})", result["gpu_or_cpu"], result["date"], f"`{result['command']}`")
         lines.append("| " + " | ".join(cells) + " |")
     yield "\n".join(lines)
