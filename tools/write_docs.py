@@ -1,4 +1,6 @@
-"""Writes docs/cli.md, docs/config.md and the tables of README.md and of the pages below; `--check` compares, for CI.
+"""Writes docs/cli.md, docs/config.md, docs/guide-checked*.md and the tables of README.md and of the pages below.
+
+`--check` compares, for CI.
 
 python tools/write_docs.py
 python tools/write_docs.py --check
@@ -20,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.table import draw_ladder, fill_table, read_results  # noqa: E402
+from tools.guide_checked.page import PAGES, draw_page  # noqa: E402
 
 from lensmith.check.findings import CODES  # noqa: E402
 from lensmith.cli import app  # noqa: E402
@@ -194,6 +197,7 @@ def pages() -> dict[Path, str]:
         docs / "evaluation.md": fill(docs / "evaluation.md", METRICS_START, metrics_table(), METRICS_END),
         docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),
+        **{docs / name: draw_page(language) for language, name in PAGES.items()},
     }
 
 
