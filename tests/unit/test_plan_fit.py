@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from lensmith.plan.records import Record, read_records
 from lensmith.plan.time import plan_time
 from lensmith.plan.work import Rollout, Work, group_work, scaled_work, shared_work, work_of
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 METHODS = ("lora", "qlora", "lora_8bit", "full")
 GRID_TOLERANCE = 0.01
 """Records made by the formulas themselves hold no error that a fit could not take away."""
@@ -162,6 +164,31 @@ def test_a_group_over_the_budget_takes_several_packs():
     rollout = Rollout(group=8, completion_tokens=1000, prompt_tokens=1000)
     work = group_work(rollout, images=1, image_tokens=900, budget_tokens=5000, effective_samples=8)
     assert (work.tokens, work.samples, work.packs_per_step) == (5000, 4, 2)
+
+
+def test_whole_groups_share_a_pack_as_far_as_the_budget_goes():
+    rollout = Rollout(group=4, completion_tokens=250, prompt_tokens=1000)
+    work = group_work(rollout, images=1, image_tokens=900, budget_tokens=8192, effective_samples=20)
+    assert (work.tokens, work.samples, work.prefixes, work.images) == (4 * 2000, 16, 4, 4)
+    assert work.packs_per_step == 2
+    alone = replace(rollout, share_prefix=False)
+    work = group_work(alone, images=1, image_tokens=900, budget_tokens=8192, effective_samples=20)
+    assert (work.tokens, work.samples, work.packs_per_step) == (6 * 1250, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "completion", "image", "samples"), [("w2", 4, 256, 1024, 8), ("long", 16, 64, 2500, 16)]
+)
+def test_a_step_of_grpo_takes_what_was_measured(name, group, completion, image, samples):
+    """Seconds within 25 %. They are two shapes, and the rollout's two coefficients come from them: no proof for a third."""
+    measured = json.loads((RESULTS / f"grpo-{name}-8b.json").read_text(encoding="utf-8"))
+    config = settings("task=grpo", "tune.method=qlora", f"optim.effective_samples={samples}", f"grpo.group={group}")
+    rollout = Rollout(group=group, completion_tokens=completion, prompt_tokens=image + 50)
+    work = group_work(rollout, images=1, image_tokens=image, budget_tokens=8192, effective_samples=samples)
+    facts, card = SIZES["8B"], find_card("80")
+    assert plan_time(facts, config, work, card, rollout=rollout).step_s == pytest.approx(measured["value"], rel=0.25)
+    peak_gib = plan_memory(facts, config, work, rollout=rollout).peak_gib
+    assert peak_gib == pytest.approx(measured["peak_reserved_gib"], rel=0.15)
 
 
 def test_smaller_packs_hold_fewer_images():

@@ -226,15 +226,19 @@ def test_each_memory_setting_saves_what_it_moves():
     assert fewer[0] > fewer[1] > fewer[2] == pytest.approx(base)
 
 
-def test_rollout_caches_a_shared_prompt_once_and_vllm_brings_weights_of_its_own():
+def test_rollout_caches_each_prompt_once_and_vllm_brings_weights_of_its_own():
+    """Two groups of eight are written at once: a step has sixteen samples."""
     rollout = Rollout(group=8, completion_tokens=500, prompt_tokens=1000)
     per_token = 36 * 2 * 1024 * 2 / GIB
 
-    def peak(**changed: Any) -> float:
-        return plan("tune.method=qlora", rollout=replace(rollout, **changed), coefficients=EXACT).moments["rollout"]
+    def peak(*settings: str, **changed: Any) -> float:
+        found = plan("tune.method=qlora", *settings, rollout=replace(rollout, **changed), coefficients=EXACT)
+        return found.moments["rollout"]
 
-    assert peak(completion_tokens=600) - peak() == pytest.approx(8 * 100 * per_token)
-    assert peak(share_prefix=False) - peak() == pytest.approx(7 * 1000 * per_token)
+    assert peak(completion_tokens=600) - peak() == pytest.approx(16 * 100 * per_token)
+    assert peak(prompt_tokens=1100) - peak() == pytest.approx(2 * 100 * per_token)
+    half = peak() - peak("task=grpo", "rollout.batch=8")
+    assert half == pytest.approx((1000 + 8 * 500) * per_token + 8 * SIZES["8B"].vocabulary * 3 * 4 / GIB)
     beside = plan("tune.method=qlora", rollout=replace(rollout, engine="vllm"))
     assert beside.parts["rollout copy"] == pytest.approx(2 * SIZES["8B"].num_parameters / GIB)
 

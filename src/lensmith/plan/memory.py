@@ -33,7 +33,7 @@ from lensmith.plan.weights import (
     value_bytes,
     weight_parts,
 )
-from lensmith.plan.work import Rollout, Work
+from lensmith.plan.work import Rollout, Work, written_at_once
 
 GIB = 2**30
 CONTEXT = "CUDA context"
@@ -85,7 +85,7 @@ def plan_memory(
     found = coefficients or load_coefficients()
     one = Pass(facts, config, work)
     steady = weight_parts(facts, config, gpus) | training_parts(facts, config, gpus)
-    steady |= {"dequantised scratch": scratch_bytes(facts, config)} | _rollout_copy(facts, rollout)
+    steady |= {"dequantised scratch": scratch_bytes(facts, config)} | _rollout_copy(facts, config, rollout)
     moments = {name: parts for name, parts in _moments(one, rollout, gpus, found).items() if sum(parts.values())}
     peaks = {name: _reserved(steady, parts, found) for name, parts in moments.items()}
     moment = max(peaks, key=lambda name: sum(peaks[name].values()))
@@ -170,17 +170,17 @@ def _gradients(one: Pass, gpus: int) -> tuple[Parts, Parts, Parts]:
     return {"gradients": early}, {"gradients": late}, stepping
 
 
-def _rollout_copy(facts: ModelFacts, rollout: Rollout | None) -> Parts:
+def _rollout_copy(facts: ModelFacts, config: RunConfig, rollout: Rollout | None) -> Parts:
     """vLLM in the same process keeps weights of its own in 16 bits, and the cache of a group beside the training."""
     if rollout is None or rollout.engine == "builtin":
         return {}
-    return {"rollout copy": 2 * facts.num_parameters, "KV cache": _cache_bytes(facts, rollout, 2, shared=True)}
+    return {"rollout copy": 2 * facts.num_parameters, "KV cache": _cache_bytes(facts, config, rollout, 2)}
 
 
-def _cache_bytes(facts: ModelFacts, rollout: Rollout, value: int, *, shared: bool) -> float:
-    """Keys and values of all layers: the prompt once or once per completion, and the completions."""
-    prompts = 1 if shared else rollout.group
-    tokens = prompts * rollout.prompt_tokens + rollout.group * rollout.completion_tokens
+def _cache_bytes(facts: ModelFacts, config: RunConfig, rollout: Rollout, value: int) -> float:
+    """Keys and values of all layers: each prompt once, and the completions that are written at the same time."""
+    prompts, completions = written_at_once(rollout, config)
+    tokens = prompts * rollout.prompt_tokens + completions * rollout.completion_tokens
     return tokens * facts.layers * 2 * facts.key_width * value
 
 
@@ -188,8 +188,9 @@ def _rollout_moments(one: Pass, rollout: Rollout, before: Parts, found: Coeffici
     facts, value = one.facts, one.value
     moments = {"scoring": before | {"live layer": found.live_layer * one.forward_layer, "head": found.head * one.head}}
     if rollout.engine == "builtin":
-        logits = rollout.group * facts.vocabulary * 2 * FP32  # and their softmax
-        cache = _cache_bytes(facts, rollout, value, shared=rollout.share_prefix)
+        _, completions = written_at_once(rollout, one.config)
+        logits = completions * facts.vocabulary * 3 * FP32  # their softmax, and the noise they are drawn with
+        cache = _cache_bytes(facts, one.config, rollout, value)
         moments["rollout"] = before | {"KV cache": cache, "head": logits}
     return moments
 

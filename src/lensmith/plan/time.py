@@ -8,6 +8,7 @@ give 1.0000 on eight shapes. Copies to and from host memory run beside the arith
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from lensmith.plan.weights import (
     trainable,
     value_bytes,
 )
-from lensmith.plan.work import Rollout, Work
+from lensmith.plan.work import Rollout, Work, written_at_once
 
 TERA, GIGA = 1e12, 1e9
 ATTENTION_BACKWARD = 2.5
@@ -65,7 +66,7 @@ def plan_time(
     packs = work.packs_per_step
     parts = {name: packs * seconds for name, seconds in clock.pack().items()}
     if rollout is not None:
-        parts |= {name: packs * seconds for name, seconds in clock.rollout(rollout).items()}
+        parts |= {"completions": clock.completions(rollout), "scoring": packs * clock.scoring(rollout)}
     return TimePlan({name: seconds for name, seconds in (parts | {"optimizer": clock.optimizer()}).items() if seconds})
 
 
@@ -193,20 +194,30 @@ class _Clock:
 
     # --- GRPO ---------------------------------------------------------------------------------------------------------
 
-    def rollout(self, rollout: Rollout) -> dict[str, float]:
-        """Completions of one pack, a token at a time for the whole group; scoring without gradients."""
+    def completions(self, rollout: Rollout) -> float:
+        """All of a step, a token at a time for all that are written at once."""
         facts, config, wide = self.sizes.facts, self.sizes.config, value_bytes(self.sizes.config)
         own = rollout.engine == "builtin"
         weights = facts.layers * (layer_bytes(facts, config) if own else 2 * facts.layer) + facts.embedding * wide
+        prompts, completions = written_at_once(rollout, config)
         # Each token of each completion reads its prompt and half of a completion.
-        read = rollout.prompt_tokens * (1 if rollout.share_prefix else rollout.group)
-        read += rollout.group * rollout.completion_tokens / 2
+        read = prompts * rollout.prompt_tokens + completions * rollout.completion_tokens / 2
         cache = read * facts.layers * 2 * facts.key_width * wide
-        launch = facts.layers * self.found.layer_launch_ms / 1e3 if own else 0.0
-        token = max(self._move(weights + cache), launch)
-        prompt = self._compute(2 * rollout.prompt_tokens * facts.layers * facts.layer_active)
-        scoring = rollout.passes * self._compute(2 * self.sizes.work.tokens * facts.layers * facts.layer_active)
-        return {"completions": prompt + rollout.completion_tokens * token, "scoring": scoring}
+        token = self._move(weights + cache)
+        if own:
+            token *= self.found.bandwidth / self.found.decode
+        if own and (config.memory.stream_layers or "host" in (config.memory.embedding, config.memory.head)):
+            # What is fetched from the host stands in no CUDA graph: each kernel is launched again for each token.
+            token = max(token, facts.layers * self.found.layer_launch_ms / 1e3)
+        prefill = self._compute(2 * prompts * rollout.prompt_tokens * facts.layers * facts.layer_active)
+        times = math.ceil(max(1, config.optim.effective_samples // rollout.group) / prompts)
+        start = self.found.rollout_start_s if own else 0.0
+        return times * (start + prefill + rollout.completion_tokens * token)
+
+    def scoring(self, rollout: Rollout) -> float:
+        """Passes without gradients over one pack."""
+        facts = self.sizes.facts
+        return rollout.passes * self._compute(2 * self.sizes.work.tokens * facts.layers * facts.layer_active)
 
     # --- rates --------------------------------------------------------------------------------------------------------
 

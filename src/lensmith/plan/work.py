@@ -68,7 +68,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """How completions are made and scored in GRPO: one prompt's whole group at a time."""
+    """How completions are made and scored in GRPO."""
 
     group: int = 8
     completion_tokens: int = 512
@@ -120,23 +120,32 @@ def full_pack(config: RunConfig) -> Work:
 
 
 def group_work(rollout: Rollout, *, images: int, image_tokens: int, budget_tokens: int, effective_samples: int) -> Work:
-    """The training pack of GRPO: as many completions of one prompt as the budget holds, at least one."""
+    """The training pack of GRPO: as many whole groups as the budget holds, else as many completions of one, at least one."""
     prompt, completion = rollout.prompt_tokens, rollout.completion_tokens
+    groups = max(1, effective_samples // rollout.group)
     if rollout.share_prefix:
-        branches = min(rollout.group, max(1, (budget_tokens - prompt) // completion))
-        tokens, copies = prompt + branches * completion, 1
+        together = min(groups, budget_tokens // (prompt + rollout.group * completion))
+        branches = together * rollout.group or min(rollout.group, max(1, (budget_tokens - prompt) // completion))
+        prompts = max(1, together)
     else:
-        branches = min(rollout.group, max(1, budget_tokens // (prompt + completion)))
-        tokens, copies = branches * (prompt + completion), branches
+        branches = prompts = min(groups * rollout.group, max(1, budget_tokens // (prompt + completion)))
     work = Work(
-        tokens=tokens,
+        tokens=prompts * prompt + branches * completion,
         learned=branches * completion,
         samples=branches,
-        images=images * copies,
-        image_tokens=images * image_tokens * copies,
+        images=images * prompts,
+        image_tokens=images * image_tokens * prompts,
         packs_per_step=max(1, math.ceil(effective_samples / branches)),
     )
-    return shared_work(work, prefixes=1) if rollout.share_prefix and branches > 1 else work
+    return shared_work(work, prefixes=prompts) if rollout.share_prefix and branches > 1 else work
+
+
+def written_at_once(rollout: Rollout, config: RunConfig) -> tuple[int, int]:
+    """Prompts and completions whose keys and values the built-in engine holds at the same time: whole groups of a step."""
+    groups = max(1, config.optim.effective_samples // rollout.group)
+    if config.rollout.batch is not None:
+        groups = min(groups, max(1, config.rollout.batch // rollout.group))
+    return groups, groups * rollout.group
 
 
 def shared_work(work: Work, *, prefixes: int) -> Work:
