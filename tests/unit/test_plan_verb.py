@@ -178,6 +178,27 @@ def test_without_a_card_the_smallest_that_fits_is_named(lensmith_plan, monkeypat
     assert "No GPU here and none named (--gpu 24)" in err
 
 
+def test_a_run_of_rewards_is_planned_by_its_own_settings_and_rows(lensmith_plan, tmp_path):
+    from PIL import Image
+
+    for number, side in enumerate((64, 256)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{number}.png")
+    rows = [{"image": f"{n % 2}.png", "question": "What is it?", "answer": "this"} for n in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    settings = ["task=grpo", "grpo.group=4", "grpo.max_new_tokens=40", "optim.effective_samples=8", "data.test=null"]
+    code, out, err = lensmith_plan(str(data), *settings, "--gpu", "8", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert "the longest there is: rows.jsonl:2." in err
+    assert {"completions", "scoring"} <= set(told["step_parts_s"])
+    prompt = int(err.partition("prompts of ")[2].partition(" tokens")[0])
+    assert prompt > 64, "the larger picture is 64 tokens"
+    assert told["pack_tokens"] == 2 * (prompt + 4 * 40), "both groups of a step in one pack"
+    longer = json.loads(lensmith_plan(str(data), *settings, "--completion-tokens", "80", "--gpu", "8", "--json")[1])
+    assert longer["pack_tokens"] == 2 * (prompt + 4 * 80), "a flag goes before the settings"
+
+
 def test_grpo_and_its_flags_are_planned(lensmith_plan):
     shared = [
         "--model",

@@ -146,9 +146,11 @@ def plan(
         int | None, typer.Option(help="Pictures in a pack, instead of data; per prompt for grpo.", min=0)
     ] = None,
     image_tokens: Annotated[int | None, typer.Option(help="Tokens of each of them.", min=1)] = None,
-    task: Annotated[Literal["sft", "grpo"], typer.Option(help="What kind of training.")] = "sft",
-    group: Annotated[int, typer.Option(help="Completions per prompt, for grpo.", min=2)] = 8,
-    completion_tokens: Annotated[int, typer.Option(help="Tokens of each of them.", min=1)] = 512,
+    task: Annotated[
+        Literal["sft", "grpo"] | None, typer.Option(help="Training of another kind than the settings'.")
+    ] = None,
+    group: Annotated[int | None, typer.Option(help="Completions per prompt, for grpo.", min=2)] = None,
+    completion_tokens: Annotated[int | None, typer.Option(help="Tokens of each of them.", min=1)] = None,
     no_share_prefix: Annotated[
         bool, typer.Option("--no-share-prefix", help="Each completion with a prompt of its own.")
     ] = False,
@@ -167,7 +169,16 @@ def plan(
     given = [*(overrides or ()), *(f"{path}={value}" for path, value in flags.items() if value is not None)]
     config = read_settings(source, given) if source else read_config(None, given)
     question = Question(
-        gpu, gib, gpus, images, image_tokens, task, group, completion_tokens, not no_share_prefix, rollout
+        gpu,
+        gib,
+        gpus,
+        images,
+        image_tokens,
+        task,
+        group,
+        completion_tokens,
+        False if no_share_prefix else None,
+        rollout,
     )
     found = ask_plan(config, question, say)
     for piece in plan_screen(found):

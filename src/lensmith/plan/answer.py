@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lensmith.config.tree import RunConfig
+from lensmith.config.tree import PACK_TOKENS, RunConfig
 from lensmith.config.write import plain, write_value
 from lensmith.errors import ConfigError
 from lensmith.plan.cards import BY_SIZE, Card, card_of_size, usable_gib
@@ -17,7 +17,18 @@ from lensmith.plan.facts import SIZES, ModelFacts, read_facts
 from lensmith.plan.fit import Change, Situation, apply_changes, find_changes, find_spare
 from lensmith.plan.memory import MemoryPlan, plan_memory
 from lensmith.plan.time import TimePlan, plan_time
-from lensmith.plan.work import Rollout, ScannedWork, Work, full_pack, scanned_work, worst_candidates
+from lensmith.plan.work import (
+    PromptSize,
+    Rollout,
+    ScannedWork,
+    Work,
+    full_pack,
+    group_work,
+    largest_prompt,
+    rollout_of,
+    scanned_work,
+    worst_candidates,
+)
 
 if TYPE_CHECKING:
     from lensmith.data.scan import Scan
@@ -174,6 +185,33 @@ def answer_plan(config: RunConfig, asked: Asked, situation: Situation | None = N
     return replace(plan, steps=steps, fitting=fitting, fitted=asked.memory(fitting))
 
 
+def ask_rollout(facts: ModelFacts, card: Card, prompt: PromptSize, rollout: Rollout, *, gpus: int = 1) -> Asked:
+    """The question about a run of rewards whose prompts are all like this one; smaller pictures make them shorter."""
+
+    def work(changed: RunConfig) -> Work:
+        seen = min(prompt.image_tokens, prompt.images * changed.data.image.max_tokens)
+        return group_work(
+            replace(rollout, prompt_tokens=prompt.text_tokens + seen),
+            images=prompt.images,
+            image_tokens=seen // max(1, prompt.images),
+            budget_tokens=changed.pack.tokens or PACK_TOKENS["cuda"],
+            effective_samples=changed.optim.effective_samples,
+        )
+
+    return Asked(facts, card, work, rollout, gpus)
+
+
+def answer_rollout(config: RunConfig, card: Card, scan: Scan, *, rollout: Rollout | None = None, gpus: int = 1) -> Plan:
+    """The plan of a run of rewards on a card for rows that have been scanned: all prompts as long as the longest.
+
+    `rollout`: other than the settings' own, as flags ask for it.
+    """
+    prompt, longest = largest_prompt(scan)
+    rollout = replace(rollout or rollout_of(config, prompt), prompt_tokens=prompt.tokens)
+    plan = answer_plan(config, ask_rollout(read_facts(config.model), card, prompt, rollout, gpus=gpus))
+    return replace(plan, worst=_describe(scan, [longest]))
+
+
 def answer_scan(
     config: RunConfig, card: Card, scan: Scan, *, rescan: Callable[[RunConfig], Scan] | None = None, gpus: int = 1
 ) -> Plan:
@@ -249,6 +287,8 @@ def check_fits(
     plan = (
         answer_plan(config, Asked(read_facts(config.model), card))
         if scan is None
+        else answer_rollout(config, card, scan)
+        if config.task == "grpo"
         else answer_scan(config, card, scan, rescan=rescan)
     )
     if plan.fits:

@@ -15,10 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from lensmith.config.tree import PACK_TOKENS, RunConfig
 from lensmith.config.write import config_diff, render_yaml
 from lensmith.errors import ConfigError
-from lensmith.plan.answer import Asked, Plan, WorkOf, answer_plan, answer_scan, on_smallest_card
+from lensmith.plan.answer import Asked, Plan, answer_plan, answer_rollout, answer_scan, ask_rollout, on_smallest_card
 from lensmith.plan.cards import Card, card_of_size, find_card, find_own_card
-from lensmith.plan.facts import SIZES, TINY, read_facts
-from lensmith.plan.work import PROMPT_TEXT_TOKENS, Rollout, Work, full_pack, group_work, scaled_work, work_of
+from lensmith.plan.facts import SIZES, TINY, ModelFacts, read_facts
+from lensmith.plan.work import (
+    PROMPT_TEXT_TOKENS,
+    PromptSize,
+    Rollout,
+    Work,
+    full_pack,
+    largest_prompt,
+    rollout_of,
+    scaled_work,
+    work_of,
+)
 
 if TYPE_CHECKING:
     from lensmith.data.encode import Encoder
@@ -37,10 +47,10 @@ class Question:
     images: int | None = None
     """Pictures in one pack; in one prompt with task grpo."""
     image_tokens: int | None = None
-    task: Literal["sft", "grpo"] = "sft"
-    group: int = 8
-    completion_tokens: int = 512
-    share_prefix: bool = True
+    task: Literal["sft", "grpo"] | None = None
+    group: int | None = None
+    completion_tokens: int | None = None
+    share_prefix: bool | None = None
     rollout: Literal["builtin", "vllm"] = "builtin"
 
 
@@ -98,9 +108,8 @@ def _choose_card(question: Question) -> Card | None:
 def _answer(config: RunConfig, question: Question, say: Say) -> Callable[[Card], Plan]:
     """The question about the run, still without a card."""
     facts = read_facts(config.model)
-    if question.task == "grpo":
-        rollout, work_of_group = _rollout(config, question)
-        return lambda card: answer_plan(config, Asked(facts, card, work_of_group, rollout, question.gpus))
+    if (question.task or config.task) == "grpo":
+        return _answer_rollout(config, question, facts, say)
     if question.images is not None or question.image_tokens is not None:
         work = _flagged_work(config, question)
         scaled = functools.partial(scaled_work, work)
@@ -130,28 +139,33 @@ def _flagged_work(config: RunConfig, question: Question) -> Work:
     return work_of(tokens, images=images, image_tokens=size, effective_samples=config.optim.effective_samples)
 
 
-def _rollout(config: RunConfig, question: Question) -> tuple[Rollout, WorkOf]:
+def _answer_rollout(config: RunConfig, question: Question, facts: ModelFacts, say: Say) -> Callable[[Card], Plan]:
+    """A run of rewards: the settings' groups and lengths unless flags say others, the rows' longest prompt unless flags do."""
+    flagged = question.images is not None or question.image_tokens is not None
+    encoder = None if flagged else _encoder(config, say)
+    if encoder is not None:
+        scan = _scan(config, encoder(config))
+        say(scan.sentences()[-1])
+        prompt, longest = largest_prompt(scan)
+        where = scan.source.encoded(int(scan.rows[longest])).where
+        say(f"Planned for prompts of {prompt.tokens:,} tokens, the longest there is: {where}.")
+        rollout = _flagged_rollout(config, question, prompt)
+        return lambda card: answer_rollout(config, card, scan, rollout=rollout, gpus=question.gpus)
     images = 1 if question.images is None else question.images
     size = config.data.image.max_tokens if question.image_tokens is None else question.image_tokens
-    rollout = Rollout(
-        group=question.group,
-        completion_tokens=question.completion_tokens,
-        prompt_tokens=PROMPT_TEXT_TOKENS + images * size,
-        share_prefix=question.share_prefix,
-        engine=question.rollout,
-    )
+    prompt = PromptSize(PROMPT_TEXT_TOKENS, images, images * size)
+    rollout = _flagged_rollout(config, question, prompt)
+    return lambda card: answer_plan(config, ask_rollout(facts, card, prompt, rollout, gpus=question.gpus))
 
-    def work(changed: RunConfig) -> Work:
-        seen = min(size, changed.data.image.max_tokens)
-        return group_work(
-            replace(rollout, prompt_tokens=PROMPT_TEXT_TOKENS + images * seen),
-            images=images,
-            image_tokens=seen,
-            budget_tokens=changed.pack.tokens or PACK_TOKENS["cuda"],
-            effective_samples=changed.optim.effective_samples,
-        )
 
-    return rollout, work
+def _flagged_rollout(config: RunConfig, question: Question, prompt: PromptSize) -> Rollout:
+    given = {
+        "group": question.group,
+        "completion_tokens": question.completion_tokens,
+        "share_prefix": question.share_prefix,
+        "engine": question.rollout,
+    }
+    return replace(rollout_of(config, prompt), **{name: value for name, value in given.items() if value is not None})
 
 
 def _encoder(config: RunConfig, say: Say) -> Callable[[RunConfig], Encoder] | None:

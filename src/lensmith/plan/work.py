@@ -140,6 +140,40 @@ def group_work(rollout: Rollout, *, images: int, image_tokens: int, budget_token
     return shared_work(work, prefixes=prompts) if rollout.share_prefix and branches > 1 else work
 
 
+@dataclass(frozen=True, slots=True)
+class PromptSize:
+    """What every completion of a group follows."""
+
+    text_tokens: int
+    images: int
+    image_tokens: int
+    """Of all its pictures."""
+
+    @property
+    def tokens(self) -> int:
+        return self.text_tokens + self.image_tokens
+
+
+def largest_prompt(scan: Scan) -> tuple[PromptSize, int]:
+    """The longest prompt of the scanned rows, its pictures as one, and which sample it is."""
+    prompts = scan.tokens - scan.learned
+    longest = int(prompts.argmax())
+    seen = int(scan.image_tokens[longest])
+    return PromptSize(int(prompts[longest]) - seen, min(1, seen), seen), longest
+
+
+def rollout_of(config: RunConfig, prompt: PromptSize) -> Rollout:
+    """How a run with these settings makes and scores completions of such prompts."""
+    grpo = config.grpo
+    return Rollout(
+        grpo.group,
+        grpo.max_new_tokens,
+        prompt.tokens,
+        share_prefix=config.pack.share_prefix,
+        passes=2 if grpo.beta else 1,
+    )
+
+
 def written_at_once(rollout: Rollout, config: RunConfig) -> tuple[int, int]:
     """Prompts and completions whose keys and values the built-in engine holds at the same time: whole groups of a step."""
     groups = max(1, config.optim.effective_samples // rollout.group)
