@@ -142,7 +142,9 @@ class _Trainer:
         if moved:
             names = ", ".join(moved)
             warn_renamed(f"{self.call}: understood {names} as of {args.call}, where it belongs; please write it there.")
-            args = type(args)(**{**args.given, **moved})
+            args = type(args)(
+                **{**args.given, **{args.renamed.get(name, name): value for name, value in moved.items()}}
+            )
         return {name: value for name, value in keywords.items() if name not in moved}, args
 
     def _config(self, given: Mapping[str, Any]) -> RunConfig:
@@ -172,8 +174,9 @@ class _Trainer:
             self.args, self.session.loaded, num_rows=train.num_rows, evaluates=asked is not None
         )
         settings |= self._more_settings(given)
+        config = to_config(settings)
         self._check_model_settings(settings)
-        return to_config(settings)
+        return config
 
     def _more_settings(self, given: Mapping[str, Any]) -> Settings:
         return {}
