@@ -121,9 +121,9 @@ def test_old_names_are_mapped_with_one_warning_per_call_that_names_the_new_ones(
 def test_the_runs_can_be_verified_shown_and_saved_like_any_other(guide, monkeypatch, capsys):
     monkeypatch.chdir(guide["folder"])
     cli.main(["verify", "qwen3vl_finetuned", "--json"])
-    checks = {check["name"]: check["verdict"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    checks = {check["name"]: check["ok"] for check in json.loads(capsys.readouterr().out)["checks"]}
     # Three steps on one row at 2e-5 teach too little for `agree` to tell tuned from base, and it says so.
-    assert [name for name, verdict in checks.items() if verdict == "passed"] == [
+    assert [name for name, passed in checks.items() if passed] == [
         "changed",
         "reload",
         "inputs",
@@ -133,6 +133,20 @@ def test_the_runs_can_be_verified_shown_and_saved_like_any_other(guide, monkeypa
     guide["model"].save_pretrained_merged("merged", guide["tokenizer"])
     assert "qwen3vl_grpo" in (guide["folder"] / "merged" / "README.md").read_text()
     assert (guide["folder"] / "merged" / "model.safetensors").is_file()
+
+
+def test_a_saved_adapter_is_loaded_by_its_folder_and_answers_as_before(guide, monkeypatch):
+    monkeypatch.chdir(guide["folder"])
+    guide["model"].save_pretrained("lora_model")
+    guide["tokenizer"].save_pretrained("lora_model")
+    again, tokenizer = lensmith.FastVisionModel.from_pretrained("lora_model")
+    assert tokenizer.image_processor.size["longest_edge"] == 1280 * 1024
+    ours, theirs = dict(guide["model"].named_parameters()), dict(again.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if "lora_" in name)
+    of_run, _ = lensmith.FastVisionModel.from_pretrained("qwen3vl_grpo")
+    assert not of_run.training
+    assert any(p.requires_grad for p in of_run.parameters())
 
 
 def test_a_script_that_is_run_again_goes_on_where_it_was(guide, monkeypatch, capsys):

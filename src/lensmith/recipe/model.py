@@ -35,6 +35,7 @@ from lensmith.recipe.session import (
     to_config,
 )
 from lensmith.recipe.speech import quiet_libraries, say_once
+from lensmith.recipe.tuned import processor_beside, tuned_settings
 
 LOAD, PEFT = "FastVisionModel.from_pretrained", "FastVisionModel.get_peft_model"
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -58,20 +59,26 @@ class FastVisionModel:
     def from_pretrained(model_name: str = TINY, **keywords: Any) -> tuple[Any, Any]:
         """The model, in eval mode and frozen, and its processor (which notebooks call tokenizer).
 
+        The folder of an adapter or a run gives the base with that adapter, ready to answer or to be trained on.
+
         Raises:
             ConfigError: a keyword is unknown or cannot be honoured.
             ModelError: the name or folder is none that Lensmith can load.
         """
         given = read_keywords(LOAD, {"model_name": model_name, **keywords}, FROM_PRETRAINED, FROM_PRETRAINED_RENAMED)
         settings = _load_settings(given)
+        start = settings.get("tune.start_from")
         with quiet_libraries():
-            loaded = load_model(to_config(settings))
+            processor = processor_beside(start.value) if start is not None else None
+            loaded = load_model(to_config(settings), processor=processor)
         for sentence in loaded.sentences:
             say_once(sentence)
         session = Session(loaded, settings)
         remember(loaded.model, session)
         saving.attach(loaded.model)
-        return loaded.model, loaded.processor
+        if start is None:
+            return loaded.model, loaded.processor
+        return _prepare(session).eval(), loaded.processor
 
     @staticmethod
     def get_peft_model(model: Any, **keywords: Any) -> Any:
@@ -90,12 +97,7 @@ class FastVisionModel:
                 "Leave out one of the two."
             )
         session.settings |= _peft_settings(given)
-        config = to_config(session.settings)
-        settle_inputs(session.loaded.model, config.memory, session.loaded.device)
-        with quiet_libraries():
-            session.model = prepare_trainable(session.loaded.model, config.tune, seed=config.seed)
-        saving.attach_adapter(session.model)
-        return session.model
+        return _prepare(session)
 
     @staticmethod
     def for_inference(model: Any) -> Any:
@@ -120,7 +122,8 @@ class FastVisionModel:
 
 def _load_settings(given: Mapping[str, Any]) -> Settings:
     settings = free_settings(LOAD, given.get("settings"))
-    settings["model"] = Wanted(given["model_name"], f"{LOAD}(model_name=)")
+    written = f"{LOAD}(model_name=)"
+    settings |= tuned_settings(given["model_name"], written) or {"model": Wanted(given["model_name"], written)}
     settings["tune.method"] = _method(given)
     settings |= recompute_settings(LOAD, given.get("use_gradient_checkpointing", "unsloth"))
     settings["seed"] = Wanted(
@@ -236,6 +239,17 @@ def prepared_model(session: Session, call: str) -> nn.Module:
                 f"{call}: this model has no adapter, so nothing would train. Call FastVisionModel.get_peft_model first, or "
                 "load it with full_finetuning=True."
             )
-        config = to_config(session.settings)
+        _prepare(session)
+    assert session.model is not None, "_prepare made it"
+    return session.model
+
+
+def _prepare(session: Session) -> nn.Module:
+    """Makes the model trainable as its settings say."""
+    config = to_config(session.settings)
+    settle_inputs(session.loaded.model, config.memory, session.loaded.device)
+    with quiet_libraries():
         session.model = prepare_trainable(session.loaded.model, config.tune, seed=config.seed)
+    if config.tune.method != "full":
+        saving.attach_adapter(session.model)
     return session.model

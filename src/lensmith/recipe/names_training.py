@@ -166,13 +166,12 @@ GRPO: dict[str, Keyword] = {
     "multi_objective_aggregation": refused("sum_then_normalize", "Rewards are summed by their weights."),
     "sync_ref_model": refused(False, "The reference is the model without its adapter."),
 }  # fmt: skip
-GRPO_RENAMED = {
-    **TRAINING_RENAMED,
+GRPO_ALONE = {
     "max_new_tokens": "max_completion_length",
     "group_size": "num_generations",
-    "num_samples": "num_generations",
     "vllm_max_model_len": "vllm_max_model_length",
 }
+GRPO_RENAMED = {**TRAINING_RENAMED, **GRPO_ALONE}
 
 TRAINER: dict[str, Keyword] = {
     "model": Keyword(None, "of FastVisionModel"),

@@ -204,7 +204,7 @@ class _Trainer:
         if isinstance(asked, str | os.PathLike) and (there is None or Path(asked).resolve() != there.resolve()):
             raise RunError(
                 f"resume_from_checkpoint={asked}: this run goes on from {there or 'its beginning'}. To start from other "
-                f"weights, load them: settings={{'tune.start_from': '{asked}'}} in FastVisionModel.from_pretrained."
+                f"weights, load them: FastVisionModel.from_pretrained({str(asked)!r})."
             )
 
     def _about_paths(self) -> str:
