@@ -16,7 +16,7 @@ from PIL import Image
 
 import lensmith
 from lensmith import cli
-from lensmith.errors import DataError, RowError
+from lensmith.errors import DataError, RewardError, RowError
 from lensmith.model.engine import find_engine
 from lensmith.recipe.model import TOWER_TRAINS
 from lensmith.recipe.speech import RenamedWarning, forget_said
@@ -295,6 +295,23 @@ def test_pitfall_answers_never_come_from_a_model_in_training_mode(tuned):
     lensmith.FastVisionModel.for_inference(model)
     assert torch.equal(first, model.generate(**inputs, max_new_tokens=4, do_sample=False))
     assert not model.training
+
+
+def test_a_reward_that_raises_stops_the_run_and_the_same_script_goes_on_once_it_is_mended(tuned):
+    model, _ = tuned()
+    args = lensmith.GRPOConfig("run", num_generations=2, max_completion_length=4, max_steps=1)
+    rows = [{"question": "Which colour?", "answer": "red"}]
+
+    def judge(completions, **columns):
+        raise ValueError("no judge today")
+
+    with pytest.raises(RewardError, match=r"train\.jsonl:1: reward judge: ValueError: no judge today"):
+        lensmith.GRPOTrainer(model, args, train_dataset=rows, reward_funcs=judge).train()
+
+    def judge(completions, **columns):
+        return [1.0] * len(completions)
+
+    assert lensmith.GRPOTrainer(model, args, train_dataset=rows, reward_funcs=judge).train().global_step == 1
 
 
 def test_an_address_is_refused_unless_it_is_allowed(tuned):

@@ -199,7 +199,9 @@ SFT_TRAINER: dict[str, Keyword] = {
 }
 GRPO_TRAINER: dict[str, Keyword] = {
     **TRAINER,
-    "reward_funcs": Keyword(None, "functions in TRL's form, or names from docs/rewards.md"),
+    "reward_funcs": Keyword(
+        None, "functions in TRL's form, or names from docs/rewards.md; one that raises stops the run"
+    ),
     "reward_processing_classes": refused(None, "Rewards are functions here, no models."),
     "tools": refused(None, "Completions are one answer each."),
     "rollout_func": refused(None, "Completions come from the built-in engine."),

@@ -18,7 +18,7 @@ from lensmith.recipe.session import session_of
 from lensmith.recipe.speech import say
 
 _SHARED: dict[str, Keyword] = {
-    "tokenizer": idle(None, "the processor is always saved beside the model, with the image limits of training"),
+    "tokenizer": Keyword(None, "the processor is always saved beside the model, with the image limits of training"),
     "max_shard_size": idle("5GB", "shards are cut as the base's are"),
     "safe_serialization": idle(True, "weights are always safetensors"),
     "maximum_memory_usage": idle(0.75, "tensors are merged one by one"),

@@ -38,6 +38,9 @@ DIFFERENCES = (
     "(Unsloth's collator shrinks them to 512 px; max_pixels limits them here), and only answers are learned (there every "
     "token, unless train_on_responses_only=True). docs/recipe.md has all differences."
 )
+FROM_A_FOLDER = "relative paths start from"
+"""What lensmith.data.places says of a file that is missing."""
+ON_ERROR = "rollout.on_reward_error"
 NOT_IN_A_FILE = "a function given to GRPOTrainer"
 
 
@@ -69,6 +72,7 @@ class _Trainer:
         self.rewards = self._rewards(given)
         self.run_dir = RunDir(self.config.run)
         self.compared: Compared | None = None
+        self._check_same_run()
         say_once(DIFFERENCES.format(tokens=self.config.data.image.max_tokens))
 
     @property
@@ -99,6 +103,8 @@ class _Trainer:
                     self.config, say=progress.say, train_progress=progress, eval_progress=answered, given=given
                 )
         except DataError as cause:
+            if FROM_A_FOLDER not in str(cause):
+                raise
             raise DataError(f"{cause} {self._about_paths()}") from cause
         self.session.run = self.run_dir.path.resolve()
         say(f"Done: {self.run_dir.path}. Look at it: lensmith show {self.run_dir.path}")
@@ -194,6 +200,15 @@ class _Trainer:
                     "FastVisionModel.from_pretrained or get_peft_model."
                 )
 
+    def _check_same_run(self) -> None:
+        """Raise RunError for a folder that holds a run of other settings, before anything else is said."""
+        if not self.run_dir.exists:
+            return
+        try:
+            self.run_dir.check_same(self.config)
+        except RunError as cause:
+            raise RunError(f"{cause} From Python: {self.args.call}(output_dir='another-name').") from cause
+
     def _check_resume(self, asked: bool | str | None) -> None:
         there = self.run_dir.latest_checkpoint()
         if asked is False and there is not None:
@@ -273,7 +288,10 @@ class GRPOTrainer(_Trainer):
             }
             for spec in self._specs(given)
         ]
-        return {"grpo.rewards": Wanted(named, f"{self.call}(reward_funcs=)")}
+        written = f"{self.call}(reward_funcs=)"
+        # As at home: a function with a slip in it would otherwise say nothing about any completion, to the end of the run.
+        raises = {} if ON_ERROR in (self.args.settings or {}) else {ON_ERROR: Wanted("raise", written)}
+        return {"grpo.rewards": Wanted(named, written), **raises}
 
 
 def _name(function: Any) -> str:
