@@ -215,10 +215,12 @@ def test_relative_paths_start_from_where_the_trainer_was_made_even_if_train_is_c
 ):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     model, _ = tuned()
-    trainer = lensmith.SFTTrainer(model, short(str(tmp_path / "run")), train_dataset=[asks("red.png")])
+    trainer = lensmith.SFTTrainer(model, short("run"), train_dataset=[asks("red.png")])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert trainer.train().global_step == 1
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    assert not (tmp_path / "elsewhere" / "run").exists()
 
 
 def test_pitfall_mixed_resolutions_stay_under_one_budget(tuned, capsys):

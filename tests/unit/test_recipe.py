@@ -294,6 +294,7 @@ def test_pictures_in_memory_become_lossless_files_once_and_all_else_stays():
     named = [line["messages"][0]["content"][0]["image"] for line in lines[:5]]
     assert named[2:] == ["a/b.png", encoded, "https://example.org/a.png"]
     assert named[0] == named[1] == lines[5]["image"][0]
+    assert read_back([chat(np.asarray(picture))])[0]["messages"][0]["content"][0]["image"] == named[0]
     assert (lines[5]["answer"], lines[5]["extra"]) == (3, {"when": "x"})
     with Image.open(named[0]) as stored:
         assert np.array_equal(np.asarray(stored), np.asarray(picture))
@@ -346,6 +347,7 @@ def test_formatting_func_changes_rows_and_may_return_messages():
         ),
         (3, "is a int, but must be rows"),
         ([{"answer": object()}], r"train_dataset\[0\]: holds a object, which no file of rows can hold"),
+        ([{"image": np.zeros((3, 8, 8))}], r"train_dataset\[0\]: holds a ndarray, which no file of rows can hold"),
         (["text"], r"train_dataset\[0\]: is a str, but a row is a dict"),
     ],
 )

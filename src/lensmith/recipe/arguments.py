@@ -190,7 +190,7 @@ def _rows(args: Arguments) -> Settings:
     settings: Settings = {}
     if args.given.get("max_length") is not None:
         settings["pack.tokens"] = args.wanted("max_length", args.max_length)
-    if args.dataloader_num_workers:
+    if "dataloader_num_workers" in args.given:
         settings["data.workers"] = args.wanted("dataloader_num_workers", args.dataloader_num_workers)
     for name, path in (("max_pixels", "data.image.max_tokens"), ("min_pixels", "data.image.min_tokens")):
         if args.given.get(name) is not None:

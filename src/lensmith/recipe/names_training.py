@@ -38,7 +38,7 @@ TRAINING: dict[str, Keyword] = {
     "seed": Keyword(UNSLOTH_SEED, "`seed`"),
     "gradient_checkpointing": Keyword(True, "`memory.recompute`, where it says otherwise than the model"),
     "max_length": Keyword(1024, "`pack.tokens`, the most tokens of a row; without it, the model's max_seq_length"),
-    "dataloader_num_workers": Keyword(0, "`data.workers` where above 0; chosen from the cores where left out"),
+    "dataloader_num_workers": Keyword(0, "`data.workers`; chosen from the cores where left out"),
     "max_pixels": FROM_PRETRAINED["max_pixels"],
     "min_pixels": FROM_PRETRAINED["min_pixels"],
     "settings": Keyword(None, "of our own: any setting of docs/config.md, as in `{'data.allow_urls': True}`"),

@@ -19,6 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
 from PIL import Image
 
 from lensmith.data.documents import DOCUMENT_START
@@ -175,11 +176,11 @@ class RowWriter:
             return [self.plain(inner, where) for inner in value]
         if isinstance(value, Path | datetime.date | datetime.time | decimal.Decimal):
             return str(value)
-        if hasattr(value, "tolist"):  # a number or an array of numpy or torch
+        if hasattr(value, "tolist") and value.ndim <= 1:  # numbers of numpy or torch
             return self.plain(value.tolist(), where)
         raise DataError(
             f"{where}: holds a {type(value).__name__}, which no file of rows can hold. Leave it out, or give pictures as PIL "
-            "images, bytes or paths."
+            "images, arrays of uint8, bytes or paths."
         )
 
     def _keep(self, content: bytes, suffix: str) -> str:
@@ -196,6 +197,8 @@ def _content(value: Any) -> tuple[bytes, str] | None:
     """What a picture or document in memory is as a file, and its suffix; None for anything else."""
     if isinstance(value, Mapping):  # how Hugging Face data sets store a picture
         value = value.get("bytes")
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
+        value = Image.fromarray(value)
     if isinstance(value, Image.Image):
         return encode_picture(value), ".png"
     if isinstance(value, bytes | bytearray):

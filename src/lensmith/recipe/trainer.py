@@ -91,6 +91,9 @@ class _Trainer:
 
         Raises LensmithError children for whatever the user can mend; `Interrupted` after Ctrl-C, with everything saved.
         """
+        if Path.cwd() != self.working_directory:  # a relative output_dir is where the rows were written
+            self.config = self.config.model_copy(update={"run": self.working_directory / self.config.run})
+            self.run_dir = RunDir(self.config.run)
         self._check_resume(resume_from_checkpoint)
         given = Given(self.session.loaded, self.model, self.rewards)
         try:
