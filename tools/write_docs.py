@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,25 @@ from lensmith.cli import app  # noqa: E402
 from lensmith.config.rules import CONTRADICTIONS, WITHOUT_EFFECT  # noqa: E402
 from lensmith.config.schema import describe_section, list_sections, list_settings  # noqa: E402
 from lensmith.evals.metrics import METRICS  # noqa: E402
+from lensmith.recipe.keywords import Keyword  # noqa: E402
+from lensmith.recipe.names_model import (  # noqa: E402
+    COLLATOR,
+    COLLATOR_RENAMED,
+    FROM_PRETRAINED,
+    FROM_PRETRAINED_RENAMED,
+    GET_PEFT_MODEL,
+    GET_PEFT_MODEL_RENAMED,
+)
+from lensmith.recipe.names_training import (  # noqa: E402
+    GRPO,
+    GRPO_ALONE,
+    GRPO_TRAINER,
+    SFT,
+    SFT_TRAINER,
+    TRAINER_RENAMED,
+    TRAINING_RENAMED,
+)
+from lensmith.recipe.saving import GGUF, MERGED  # noqa: E402
 from lensmith.screens import write_default  # noqa: E402
 from lensmith.train.reward_functions import REWARDS, RewardFunction  # noqa: E402
 
@@ -42,6 +61,8 @@ METRICS_START = "<!-- metrics: written by tools/write_docs.py from src/lensmith/
 METRICS_END = "<!-- /metrics -->"
 FIT_START = "<!-- fit: written by tools/write_docs.py from src/lensmith/plan/coefficients.json -->"
 FIT_END = "<!-- /fit -->"
+RECIPE_START = "<!-- recipe: written by tools/write_docs.py from src/lensmith/recipe -->"
+RECIPE_END = "<!-- /recipe -->"
 GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
 
 
@@ -130,6 +151,37 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
+def recipe_tables() -> str:
+    """What becomes of each keyword of the recipe, call by call; shared ones stand once, with fine-tuning."""
+    tables = (
+        ("FastVisionModel.from_pretrained", FROM_PRETRAINED, FROM_PRETRAINED_RENAMED),
+        ("FastVisionModel.get_peft_model", GET_PEFT_MODEL, GET_PEFT_MODEL_RENAMED),
+        ("VisionDataCollator (UnslothVisionDataCollator)", COLLATOR, COLLATOR_RENAMED),
+        ("SFTConfig, and what GRPOConfig shares with it", SFT, TRAINING_RENAMED),
+        (
+            "GRPOConfig",
+            {name: GRPO[name] for name in GRPO if name not in SFT or GRPO[name] is not SFT[name]},
+            GRPO_ALONE,
+        ),
+        ("SFTTrainer", SFT_TRAINER, TRAINER_RENAMED),
+        ("GRPOTrainer", {name: GRPO_TRAINER[name] for name in GRPO_TRAINER if name not in SFT_TRAINER}, {}),
+        ("save_pretrained_merged, push_to_hub_merged", MERGED, {}),
+        ("save_pretrained_gguf, push_to_hub_gguf", {name: GGUF[name] for name in GGUF if name not in MERGED}, {}),
+    )
+    return "\n\n".join(_recipe_table(*table) for table in tables)
+
+
+def _recipe_table(call: str, known: Mapping[str, Keyword], renamed: Mapping[str, str]) -> str:
+    kinds = {"used": "", "idle": "no effect: ", "refused": "refused otherwise. "}
+    lines = [f"## {call}", "", "| Keyword | Its default at home | Here |", "|---|---|---|"]
+    for name, keyword in known.items():
+        old = [f"`{other}`" for other, today in renamed.items() if today == name]
+        also = f" (also {', '.join(old)})" if old else ""
+        theirs = "" if keyword.here.startswith("of our own") else f"`{keyword.theirs!r}`"
+        lines.append(f"| `{name}`{also} | {theirs} | {kinds[keyword.kind]}{keyword.here.rstrip('.')} |")
+    return "\n".join(lines)
+
+
 def _told(function: Callable[..., float], parts: Sequence[str]) -> list[str]:
     """What the docstring says on its first line, and after each of `parts`, which stand in this order.
 
@@ -195,6 +247,7 @@ def pages() -> dict[Path, str]:
         docs / "plan.md": fill(docs / "plan.md", FIT_START, fit_table(), FIT_END),
         docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
         docs / "evaluation.md": fill(docs / "evaluation.md", METRICS_START, metrics_table(), METRICS_END),
+        docs / "recipe.md": fill(docs / "recipe.md", RECIPE_START, recipe_tables(), RECIPE_END),
         docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),
         **{docs / name: draw_page(language) for language, name in PAGES.items()},

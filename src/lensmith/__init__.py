@@ -7,12 +7,21 @@ from importlib import import_module
 from typing import Any
 
 HOMES = {
+    "Dataset": "lensmith.recipe.dataset",
+    "FastVisionModel": "lensmith.recipe.model",
+    "GRPOConfig": "lensmith.recipe.arguments",
+    "GRPOTrainer": "lensmith.recipe.trainer",
     "LensmithError": "lensmith.errors",
     "RunConfig": "lensmith.config.tree",
     "RunDir": "lensmith.rundir",
+    "SFTConfig": "lensmith.recipe.arguments",
+    "SFTTrainer": "lensmith.recipe.trainer",
     "Sample": "lensmith.types",
+    "UnslothVisionDataCollator": "lensmith.recipe.collator",
+    "VisionDataCollator": "lensmith.recipe.collator",
     "encode_sample": "lensmith.data.encode",
     "evaluate_model": "lensmith.evals.predict",
+    "extract_boxed_answer": "lensmith.train.rewards",
     "load_model": "lensmith.model.load",
     "pack_samples": "lensmith.data.pack",
     "read_config": "lensmith.config.read",

@@ -120,8 +120,8 @@ def arguments(folder: Path, **more: Any) -> trl.SFTConfig:
     return trl.SFTConfig(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=1, learning_rate=RATE, warmup_steps=0,
         lr_scheduler_type="linear", optim="adamw_torch", use_cpu=True, bf16=False, gradient_checkpointing=False,
-        report_to="none", logging_steps=1, disable_tqdm=True, max_length=None, remove_unused_columns=False, seed=3,
-        **{"save_strategy": "no", **more},
+        report_to="none", disable_tqdm=True, max_length=None, remove_unused_columns=False, seed=3,
+        **{"save_strategy": "no", "logging_steps": 1, **more},
     )  # fmt: skip
 
 
@@ -231,3 +231,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_named_and_the_third_stops(buil
     trainer, _ = ours(model, tmp_path, processor, [broken] * 3)
     with pytest.raises(RunError, match=r"Step 3: 3 steps in a row .*rows\.jsonl:1.*Lower optim\.learning_rate"):
         trainer.train()
+
+
+def test_every_step_is_in_the_metrics_and_loggers_hear_of_every_nth_and_the_last(
+    build_tiny, processor, steps, tmp_path
+):
+    model = adapted(build_tiny, Engine)
+    packs = [packs_of(model.base_model.model, steps[0], []) for _ in range(3)]
+    trainer, stats = ours(model, tmp_path, processor, packs, logging_steps=2)
+    trainer.train()
+    assert [found.step for found in stats] == [1, 2, 3]
+    assert [logs["step"] for logs in trainer.state.log_history if "loss" in logs] == [2, 3]

@@ -117,7 +117,7 @@ class RefReader:
         if isinstance(value, (bytes, bytearray)):
             return _from_bytes(bytes(value), where)
         if isinstance(value, Image.Image):
-            return _from_bytes(_encode(value), where)
+            return _from_bytes(encode_picture(value), where)
         if isinstance(value, (str, Path)):
             return self._from_text(str(value), where)
         raise RowError(
@@ -187,7 +187,7 @@ def _from_bytes(content: bytes, where: str) -> Pictures:
     return read_pages(ref, ALL_PAGES, where) if content.startswith(DOCUMENT_START) else (ref,)
 
 
-def _encode(image: Image.Image) -> bytes:
+def encode_picture(image: Image.Image) -> bytes:
     """A picture held in memory as a lossless file; PNG has no CMYK or float greys, TIFF has."""
     buffer = io.BytesIO()
     if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):

@@ -91,6 +91,15 @@ def open_rows(path: str | Path) -> Rows:
     return _open_hub(name)
 
 
+def map_rows(dataset: datasets.Dataset, name: str, root: Path) -> Rows:
+    """The rows of a Hugging Face data set in hand; pictures as they are stored, not decoded.
+
+    Raises:
+        DataError: it is empty.
+    """
+    return _MappedRows(dataset, name, root)
+
+
 def _open_remote(address: str) -> Rows:
     kept, sentence = fetch_file(address)
     rows = _open_files([kept])

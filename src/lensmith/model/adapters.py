@@ -280,7 +280,7 @@ def save_tuned(model: nn.Module, folder: Path) -> None:
 def _write_tuned(model: nn.Module, folder: Path) -> None:
     if isinstance(model, PeftModel):
         # "auto" would ask the hub whether the vocabulary was resized; it never is here.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        PeftModel.save_pretrained(model, str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
     if kept := kept_tensors(model):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}

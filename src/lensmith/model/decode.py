@@ -9,8 +9,7 @@ host gives it one launch per token. Finished sequences leave the batch when that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from lensmith.model.attention import build_layout, kept_runs, segment_runs
 from lensmith.model.decode_attention import attend_decode, reads_to_length, write_decode
-from lensmith.model.engine import Engine, run_layer
+from lensmith.model.engine import Engine, evaluating, run_layer
 from lensmith.model.kernels import rms_norm
 from lensmith.model.lora import project
 from lensmith.model.quant import has_triton
@@ -287,19 +286,6 @@ class _Batch:
             self.completions[number] = Completion(
                 tuple(ids[slot][:stop]), tuple(logprobs[slot][:stop]), stopped=end is not None
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; afterwards each is in the mode it was in."""
-    # Not model.train() at the end: a frozen tower may have been in eval mode while the rest trained.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def prompt_hidden(

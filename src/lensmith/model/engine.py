@@ -10,14 +10,15 @@ every other tool see an ordinary Qwen3VLForConditionalGeneration.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from lensmith.errors import ModelError
@@ -92,6 +93,11 @@ class Engine(Qwen3VLForConditionalGeneration):
         if pack is None:
             return super().forward(*args, **kwargs)
         return self.pack_logprobs(pack)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Answers never come from a model in training mode; afterwards each module has its own mode back."""
+        with evaluating(self):
+            return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  its protocol
 
     def _apply(self, fn: Any, recurse: bool = True) -> Engine:
         # Trainers call model.to(device), which would bring everything that lives in host memory back.
@@ -207,6 +213,19 @@ class Engine(Qwen3VLForConditionalGeneration):
             predictors=tensor(predictors),
             targets=tensor(labels[learned]),
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each is in the mode it was in."""
+    # Not model.train() at the end: a frozen tower may have been in eval mode while the rest trained.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def predecessors(segments: Sequence[Segment]) -> Int[np.ndarray, " tokens"]:

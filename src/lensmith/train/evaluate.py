@@ -25,7 +25,7 @@ from lensmith.evals.results import (
 )
 from lensmith.evals.score import Score
 from lensmith.rundir import RunDir
-from lensmith.train.prepare import Prepared, Say, prepare_run
+from lensmith.train.prepare import Given, Prepared, Say, prepare_run
 from lensmith.train.ranks import rank, speaker
 from lensmith.train.rounds import BestScore
 from lensmith.train.sft import TrainResult, train_prepared
@@ -57,17 +57,22 @@ class Compared:
 
 
 def train_and_compare(
-    config: RunConfig, *, say: Say, train_progress: TrainProgress | None = None, eval_progress: Progress | None = None
+    config: RunConfig,
+    *,
+    say: Say,
+    train_progress: TrainProgress | None = None,
+    eval_progress: Progress | None = None,
+    given: Given | None = None,
 ) -> Compared:
     """Train as `config` says; where data.test holds something out, ask it before and after.
 
     The answers before are kept in the run folder, so that a resumed run does not ask again. With several processes the
-    first one asks.
+    first one asks. `given`: what is loaded already.
     """
     say = speaker(say)
     _check_run(RunDir(config.run), config)
     check_metric(config)
-    prepared = prepare_run(config, say)
+    prepared = prepare_run(config, say, given=given)
     if prepared.held_out is None or not len(prepared.held_out.rows) or rank() != 0:
         return Compared(_train(prepared, say=say, progress=train_progress), None)
     run, samples = prepared.run, drawn_samples(prepared.held_out, config, say)

@@ -24,7 +24,6 @@ from lensmith.train.oom import MemoryGuard
 from lensmith.train.prepare import Prepared, Say
 from lensmith.train.ranks import rank
 from lensmith.train.recover import GradientGuard, StopOnInterrupt
-from lensmith.train.rewards import run_rewards
 from lensmith.train.rollout import Rollout
 from lensmith.train.rounds import During, Rounds
 from lensmith.train.sft import TrainResult, common_arguments, take_steps
@@ -70,6 +69,7 @@ def build_trainer(
     """The trainer of a prepared run."""
     config, loaded, encoder = prepared.config, prepared.loaded, prepared.encoder
     source = prepared.dataset.scan.source
+    assert prepared.rewards is not None, "prepare_run has them with task=grpo"
     engine, vocabulary = loaded.model, loaded.processor.tokenizer.get_vocab()
     by_name = engine.features is None and not any(p.requires_grad for p in engine.model.visual.parameters())
     if by_name:
@@ -105,7 +105,7 @@ def build_trainer(
         read=lambda row: read_prompt(source, row),
         packer=packer,
         rollout=rollout,
-        rewards=run_rewards(config),
+        rewards=prepared.rewards,
         groups=parameter_groups(prepared.model, config.optim, config.tune.method),
         run=prepared.run,
         guard=GradientGuard(say),

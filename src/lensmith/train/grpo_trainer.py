@@ -252,7 +252,8 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
         if "loss" in logs:
             stats = self._meter.stats(logs, self._metrics["train"], self.rollout.cost.take(), self.state.global_step)
             self.on_stats(stats)
-        super().log(logs, start_time)
+        if self.tells_loggers(logs):
+            super().log(logs, start_time)
 
 
 def _check_arguments(args: GRPOConfig) -> None:

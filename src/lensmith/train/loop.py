@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lensmith.model.adapters import TUNED_FOLDER, restore_tuned, save_tuned
@@ -35,6 +35,13 @@ def collecting_afterwards() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+class _EveryStep(TrainerCallback):
+    """Has `log` called after each step, which transformers would do every `logging_steps`."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        control.should_log = True
 
 
 class RunFolderLoop(_Base):
@@ -61,6 +68,7 @@ class RunFolderLoop(_Base):
         gc.freeze()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.add_callback(_EveryStep())
         self.groups, self.run_dir, self.guard, self.memory = groups, run, guard, memory
         self.own_optimizer = own_optimizer
 
@@ -71,6 +79,11 @@ class RunFolderLoop(_Base):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
+
+    def tells_loggers(self, logs: dict[str, float]) -> bool:
+        """metrics.jsonl has every step; the loggers hear of every log.every_steps-th, of the last, and of what is no step."""
+        step = self.state.global_step
+        return "loss" not in logs or step % self.args.logging_steps == 0 or step == self.state.max_steps
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -26,12 +26,13 @@ from lensmith.model.adapters import check_tune, prepare_trainable
 from lensmith.model.components import census_table, learning_rates, take_census
 from lensmith.model.features import open_features
 from lensmith.model.load import Loaded, choose_device, load_model, load_processor
-from lensmith.model.residence import check_frozen
+from lensmith.model.residence import check_frozen, settle_inputs
 from lensmith.model.versions import check_versions, environment
 from lensmith.plan.answer import check_fits
 from lensmith.plan.cards import usable_gib
 from lensmith.rundir import RunDir, checkpoint_step
 from lensmith.train.ranks import rank, refuse_data_parallel, world_size
+from lensmith.train.reward_set import RewardSet
 from lensmith.train.rewards import run_rewards
 from lensmith.train.selfcheck import check_packs
 from lensmith.types import counted
@@ -39,6 +40,17 @@ from lensmith.types import counted
 GIB = 2**30
 
 Say = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a caller has in hand already, where the config could only name it. The config still says how it was made."""
+
+    loaded: Loaded | None = None
+    model: nn.Module | None = None
+    """`loaded.model`, made trainable as config.tune says."""
+    rewards: RewardSet | None = None
+    """Judges in the place of those that grpo.rewards names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +64,31 @@ class Prepared:
     loaded: Loaded
     encoder: Encoder
     model: nn.Module
-    """With fresh adapters, so it still answers as the base does."""
+    """With fresh adapters, so it still answers as it did when it was loaded or given."""
     plan: StepPlan
     dataset: StepDataset
     held_out: Scan | None
+    rewards: RewardSet | None
+    """With task=grpo."""
 
     @property
     def steps_done(self) -> int:
         return checkpoint_step(self.checkpoint) if self.checkpoint else 0
 
 
-def prepare_run(config: RunConfig, say: Say) -> Prepared:
+def prepare_run(config: RunConfig, say: Say, *, given: Given | None = None) -> Prepared:
     """Open the run folder, load the model, read every row once, decide what trains when; says each of these.
+
+    `given`: what need not be loaded any more.
 
     Raises LensmithError children for whatever the user can mend.
     """
     check_versions()
     check_tune(config.tune)
+    given, rewards = given or Given(), None
     if config.task == "grpo":
-        run_rewards(config)  # a name that is not there is known before gigabytes of weights are read
+        # A name that is not there is known before gigabytes of weights are read.
+        rewards = given.rewards or run_rewards(config)
         config = _with_default_rate(config)
     refuse_data_parallel()
     if torch.cuda.is_available():
@@ -80,21 +98,26 @@ def prepare_run(config: RunConfig, say: Say) -> Prepared:
     run = RunDir(config.run)
     checkpoint = _open_run(run, config, say)
     # Rows and memory first: what is wrong with them is known before gigabytes of weights are read.
-    device, processor = choose_device(), load_processor(config.model)
+    device = choose_device() if given.loaded is None else given.loaded.device
+    processor = load_processor(config.model) if given.loaded is None else given.loaded.processor
     encoder = Encoder.from_processor(processor, config.data.image, config.data.video)
     train, held_out = scan_rows(config, encoder, device, say)
     if device.type == "cuda":
         say(_planned_memory(config, train, device))
-    loaded = load_model(config, device=device, processor=processor)
-    for sentence in loaded.sentences:
-        say(sentence)
+    loaded = given.loaded
+    if loaded is None:
+        loaded = load_model(config, device=device, processor=processor)
+        for sentence in loaded.sentences:
+            say(sentence)
+    else:
+        settle_inputs(loaded.model, config.memory, device)
     plan, dataset = _plan(config, loaded, encoder, train, say)
-    model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
+    model = prepare_trainable(loaded.model, config.tune, seed=config.seed) if given.model is None else given.model
     check_frozen(model)
     loaded.model.keeps_random = config.tune.dropout > 0
     loaded.model.features = open_features(config.memory, loaded.model.model.visual, loaded.device)
     say(census_table(take_census(model)))
-    return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out)
+    return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out, rewards)
 
 
 def _with_default_rate(config: RunConfig) -> RunConfig:

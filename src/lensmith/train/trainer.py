@@ -107,7 +107,8 @@ class SFTTrainer(RunFolderLoop, sft_trainer.SFTTrainer):
             stats = self._meter.stats(logs, self.state.global_step)
             self.on_stats(stats)
             logs |= {"tokens_per_s": stats.tokens / stats.step_s, "data_wait_s": stats.data_wait_s}
-        super().log(logs, start_time)
+        if self.tells_loggers(logs):
+            super().log(logs, start_time)
 
 
 class _Meter:

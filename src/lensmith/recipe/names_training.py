@@ -1,0 +1,210 @@
+"""What the keywords of SFTConfig, GRPOConfig and their trainers mean here, with the defaults they have at home.
+
+Where Unsloth changes a default of TRL's (unsloth/models/rl.py, 2026.10), it stands here; else TRL 1.15's and transformers
+5.17's. docs/recipe.md is written from these tables.
+"""
+
+from __future__ import annotations
+
+from lensmith.recipe.keywords import Keyword, idle, refused
+from lensmith.recipe.names_model import FROM_PRETRAINED, UNSLOTH_SEED
+
+_NO_VLLM = "completions come from the built-in engine, on the weights that train"
+_NO_PADDING = "rows are packed end to end, never padded"
+
+TRAINING: dict[str, Keyword] = {
+    "output_dir": Keyword("trainer_output", "`run`: the run folder; an existing run is resumed"),
+    "per_device_train_batch_size": Keyword(
+        4, "times accumulation and processes: `optim.effective_samples`; what shares a pass follows from pack.tokens"
+    ),
+    "gradient_accumulation_steps": Keyword(2, "see per_device_train_batch_size"),
+    "learning_rate": Keyword(5e-5, "`optim.learning_rate`"),
+    "num_train_epochs": Keyword(3.0, "`optim.epochs`"),
+    "max_steps": Keyword(-1, "`optim.steps` where above 0"),
+    "warmup_steps": Keyword(0.1, "`optim.warmup`: a share of the steps below 1, their number from 1 on"),
+    "lr_scheduler_type": Keyword("linear", "`optim.schedule`: linear, cosine or constant"),
+    "weight_decay": Keyword(0.01, "`optim.weight_decay`; never on norms and biases"),
+    "optim": Keyword("adamw_8bit", "`optim.name`: adamw, adamw_8bit or paged_adamw_8bit; adamw on a CPU and for lensmith/tiny"),
+    "max_grad_norm": Keyword(1.0, "`optim.max_grad_norm`; 0 is none"),
+    "bf16": Keyword(False, "the model's own type decides, chosen when it was loaded; said where the two differ"),
+    "fp16": Keyword(False, "see bf16"),
+    "logging_steps": Keyword(1, "`log.every_steps`; metrics.jsonl has every step"),
+    "report_to": Keyword("none", "`log.report_to`: tensorboard, wandb, trackio"),
+    "save_steps": Keyword(500, "`save.every_steps`; a share of the steps below 1"),
+    "save_strategy": Keyword("steps", '"epoch" saves after each epoch; the end is always saved'),
+    "save_total_limit": Keyword(None, "`save.keep`; 2 where left out"),
+    "eval_strategy": Keyword("no", '"steps" asks the rows of eval_dataset every eval_steps, besides before and after'),
+    "eval_steps": Keyword(None, "`eval.every_steps`; logging_steps where left out"),
+    "seed": Keyword(UNSLOTH_SEED, "`seed`"),
+    "gradient_checkpointing": Keyword(True, "`memory.recompute`, where it says otherwise than the model"),
+    "max_length": Keyword(1024, "`pack.tokens`, the most tokens of a row; without it, the model's max_seq_length"),
+    "dataloader_num_workers": Keyword(0, "`data.workers`; chosen from the cores where left out"),
+    "max_pixels": FROM_PRETRAINED["max_pixels"],
+    "min_pixels": FROM_PRETRAINED["min_pixels"],
+    "settings": Keyword(None, "of our own: any setting of docs/config.md, as in `{'data.allow_urls': True}`"),
+    "remove_unused_columns": idle(False, "rows are read as they are"),
+    "dataset_text_field": idle("text", "rows are read as they are"),
+    "dataset_kwargs": idle(None, "rows are read as they are"),
+    "dataset_num_proc": idle(None, "rows are read while training waits for nothing"),
+    "packing": idle(False, "packing is always on, and changes no loss"),
+    "padding_free": idle(False, _NO_PADDING),
+    "pad_to_multiple_of": idle(None, _NO_PADDING),
+    "group_by_length": idle(False, _NO_PADDING),
+    "train_sampling_strategy": idle("random", _NO_PADDING),
+    "truncation_mode": idle("keep_start", "text is never cut"),
+    "completion_only_loss": idle(None, "only answers are learned, always"),
+    "assistant_only_loss": idle(False, "only answers are learned, always"),
+    "average_tokens_across_devices": idle(True, "a step's loss is divided by its learned tokens, always"),
+    "activation_offloading": idle(False, 'use_gradient_checkpointing="unsloth" does it'),
+    "gradient_checkpointing_kwargs": idle(None, "the engine does its own recomputation"),
+    "per_device_eval_batch_size": idle(4, "`eval.batch` is how many questions are answered together"),
+    "eval_accumulation_steps": idle(2, "answers are scored one by one"),
+    "fp16_full_eval": idle(False, "evaluation computes as training does"),
+    "bf16_full_eval": idle(False, "evaluation computes as training does"),
+    "do_train": idle(False, "train() trains"),
+    "do_eval": idle(False, "eval_dataset is what is asked"),
+    "load_best_model_at_end": idle(False, "the best checkpoint is kept and named in best.json; `eval.patience` ends with it"),
+    "metric_for_best_model": idle(None, "`eval.metric` decides"),
+    "greater_is_better": idle(None, "`eval.metric` decides"),
+    "adam_beta1": idle(0.9, "AdamW keeps 0.9"),
+    "adam_beta2": idle(0.999, "AdamW keeps 0.999"),
+    "adam_epsilon": idle(1e-8, "AdamW keeps 1e-8"),
+    "logging_strategy": idle("steps", "metrics.jsonl has every step"),
+    "logging_first_step": idle(False, "metrics.jsonl has every step"),
+    "logging_dir": idle(None, "logs lie in the run folder"),
+    "logging_nan_inf_filter": idle(False, "a step that is not finite is skipped and named"),
+    "run_name": idle(None, "a run is called like its folder"),
+    "disable_tqdm": idle(False, "progress is a bar on a terminal and a line every few seconds elsewhere"),
+    "data_seed": idle(None, "one seed draws everything"),
+    "full_determinism": idle(False, "a run on a CPU repeats bit by bit; GPU kernels are chosen for speed"),
+    "overwrite_output_dir": idle(False, "an existing run is resumed, never overwritten; name another folder for a new one"),
+    "resume_from_checkpoint": idle(None, "an existing run is resumed by itself"),
+    "save_safetensors": idle(True, "weights are always safetensors"),
+    "save_only_model": idle(False, "a checkpoint can always be resumed"),
+    "auto_find_batch_size": idle(True, "a step that runs out of memory is taken again in smaller packs"),
+    "torch_empty_cache_steps": idle(250, "segments of GPU memory grow and shrink by themselves"),
+    "dataloader_pin_memory": idle(True, "memory is pinned where there is a GPU"),
+    "dataloader_drop_last": idle(False, "every row is seen once per epoch"),
+    "dataloader_persistent_workers": idle(False, "workers live as long as the run"),
+    "dataloader_prefetch_factor": idle(None, "workers stay two steps ahead"),
+    "ddp_find_unused_parameters": idle(None, "known from what trains"),
+    "include_num_input_tokens_seen": idle(False, "metrics.jsonl counts tokens"),
+    "include_tokens_per_second": idle(False, "metrics.jsonl counts tokens"),
+    "use_liger_kernel": idle(False, "Liger's kernels are used where they fit"),
+    "use_cpu": idle(False, "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it"),
+    "tf32": idle(None, "torch's default stands"),
+    "torch_compile": idle(False, "nothing is compiled"),
+    "log_level": idle("passive", "what there is to say is said once"),
+    "eos_token": refused(None, "The checkpoint's own end mark is used."),
+    "pad_token": refused(None, "Nothing is padded."),
+    "chat_template_path": refused(None, "The checkpoint's own chat template is used; change chat_template.jinja in a copy."),
+    "model_init_kwargs": refused(None, "Give them to FastVisionModel.from_pretrained."),
+    "neftune_noise_alpha": refused(None, "Noise on embeddings is not offered."),
+    "label_smoothing_factor": refused(0.0, "Labels are not smoothed."),
+    "push_to_hub": refused(False, "Push when it is done: model.push_to_hub_merged, or `lensmith export --push`."),
+    "deepspeed": refused(None, "Use `torchrun --nproc-per-node=2 your_script.py` for several GPUs."),
+    "fsdp": refused(None, "Use `torchrun --nproc-per-node=2 your_script.py` for several GPUs."),
+}  # fmt: skip
+TRAINING_RENAMED = {
+    "max_seq_length": "max_length",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "optimizer": "optim",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+SFT: dict[str, Keyword] = {**TRAINING, "loss_type": refused("nll", "Learned tokens are weighed alike: nll.")}
+
+GRPO: dict[str, Keyword] = {
+    **TRAINING,
+    "num_generations": Keyword(8, "`grpo.group`; a step is filled up to whole groups"),
+    "max_completion_length": Keyword(512, "`grpo.max_new_tokens`"),
+    "temperature": Keyword(1.0, "`grpo.temperature`"),
+    "top_p": Keyword(1.0, "`grpo.top_p`"),
+    "top_k": Keyword(None, "`grpo.top_k`"),
+    "min_p": Keyword(None, "`grpo.min_p`"),
+    "beta": Keyword(0.001, "`grpo.beta`; **0 where left out**: no second pass for the reference"),
+    "num_iterations": Keyword(1, "`grpo.iterations`"),
+    "epsilon": Keyword(0.2, "`grpo.epsilon`"),
+    "epsilon_high": Keyword(None, "`grpo.epsilon_high`"),
+    "loss_type": Keyword("bnpo", "`grpo.loss`; **dapo where left out**, as in TRL: every token of a step counts alike"),
+    "importance_sampling_level": Keyword("token", "`grpo.importance`"),
+    "scale_rewards": Keyword("group", "`grpo.scale_rewards`: group, batch or none; True is group, False none"),
+    "mask_truncated_completions": Keyword(False, "`grpo.mask_truncated`"),
+    "reward_weights": Keyword(None, "the weight of each of reward_funcs"),
+    "max_prompt_length": idle(512, "prompts are never cut; one that leaves no room for a completion gets smaller images"),
+    "generation_batch_size": idle(None, "a step's completions are written together; `rollout.batch` limits them"),
+    "steps_per_generation": idle(None, "each step writes its own completions"),
+    "num_generations_eval": idle(None, "eval_dataset is answered once, greedily"),
+    "log_completions": idle(False, "completions.html shows them, and completions.jsonl keeps them"),
+    "log_multimodal": idle(True, "completions.html shows the images"),
+    "num_completions_to_print": idle(None, "completions.html shows them"),
+    "log_unique_prompts": idle(False, "completions.html shows each prompt once"),
+    "shuffle_dataset": idle(True, "the seed draws the order"),
+    "disable_dropout": idle(False, "completions are written without dropout"),
+    "cast_lm_head_to_fp32": idle(False, "log-probabilities are fp32 always"),
+    "use_liger_loss": idle(None, "the loss never makes logits of a whole batch"),
+    "unsloth_num_chunks": idle(-1, "the loss never makes logits of a whole batch"),
+    "unsloth_grpo_mini_batch": idle(None, "pack.tokens says how much shares a pass"),
+    "cache_implementation": idle(None, "the built-in engine has one cache"),
+    "use_vllm": idle(False, _NO_VLLM),
+    "vllm_mode": idle("colocate", _NO_VLLM),
+    "vllm_sampling_params": idle(None, _NO_VLLM),
+    "vllm_gpu_memory_utilization": idle(0.3, _NO_VLLM),
+    "vllm_max_model_length": idle(None, _NO_VLLM),
+    "vllm_enable_sleep_mode": idle(False, _NO_VLLM),
+    "vllm_tensor_parallel_size": idle(1, _NO_VLLM),
+    "vllm_importance_sampling_correction": idle(True, _NO_VLLM),
+    "repetition_penalty": refused(1.0, "Sampling would leave the policy; use the reward `repetition`, in docs/rewards.md."),
+    "generation_kwargs": refused({}, "temperature, top_p, top_k and min_p are settings of their own."),
+    "chat_template_kwargs": refused(None, "The checkpoint's chat template is used as it is."),
+    "delta": refused(None, "Ratios are bounded by epsilon and epsilon_high."),
+    "entropy_coef": refused(0.0, "Entropies are measured and carry no gradient."),
+    "top_entropy_quantile": refused(1.0, "All tokens of a completion are learned from."),
+    "off_policy_mask_threshold": refused(None, "Completions are written by the weights that learn from them."),
+    "use_bias_correction_kl": refused(False, "The divergence is TRL's default."),
+    "multi_objective_aggregation": refused("sum_then_normalize", "Rewards are summed by their weights."),
+    "sync_ref_model": refused(False, "The reference is the model without its adapter."),
+}  # fmt: skip
+GRPO_ALONE = {
+    "max_new_tokens": "max_completion_length",
+    "group_size": "num_generations",
+    "vllm_max_model_len": "vllm_max_model_length",
+}
+GRPO_RENAMED = {**TRAINING_RENAMED, **GRPO_ALONE}
+
+TRAINER: dict[str, Keyword] = {
+    "model": Keyword(None, "of FastVisionModel"),
+    "args": Keyword(None, "of SFTConfig or GRPOConfig; their defaults where left out"),
+    "train_dataset": Keyword(
+        None, "a list, a Dataset, any iterable of rows, or a path; written into the run folder once"
+    ),
+    "eval_dataset": Keyword(None, "the same; its questions are asked before and after: `data.test`"),
+    "processing_class": Keyword(None, "that of the model; no other"),
+    "callbacks": refused(None, "The run folder has metrics.jsonl, one line per step; a program may follow it."),
+    "optimizers": refused((None, None), "Name one with optim."),
+    "optimizer_cls_and_kwargs": refused(None, "Name one with optim."),
+    "peft_config": refused(None, "Call FastVisionModel.get_peft_model, whose keywords are the same."),
+    "quantization_config": refused(None, "Give load_in_4bit=True to FastVisionModel.from_pretrained."),
+}
+SFT_TRAINER: dict[str, Keyword] = {
+    **TRAINER,
+    "data_collator": Keyword(None, "None or a VisionDataCollator"),
+    "formatting_func": Keyword(None, "called with each row before it is read"),
+    "compute_loss_func": refused(
+        None, "The loss is that of the learned tokens; `lensmith.train_model` is the way to more."
+    ),
+    "compute_metrics": refused(None, "A metric of your own goes to settings={'eval.metric': 'my_metrics.py:name'}."),
+    "preprocess_logits_for_metrics": refused(None, "Logits are never kept."),
+}
+GRPO_TRAINER: dict[str, Keyword] = {
+    **TRAINER,
+    "reward_funcs": Keyword(
+        None, "functions in TRL's form, or names from docs/rewards.md; one that raises stops the run"
+    ),
+    "reward_processing_classes": refused(None, "Rewards are functions here, no models."),
+    "tools": refused(None, "Completions are one answer each."),
+    "rollout_func": refused(None, "Completions come from the built-in engine."),
+    "environment_factory": refused(None, "Completions are one answer each."),
+}
+TRAINER_RENAMED = {"tokenizer": "processing_class", "processor": "processing_class", "reward_functions": "reward_funcs"}
