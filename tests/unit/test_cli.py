@@ -27,7 +27,7 @@ HELP_BOUND_S = 1.0
 """Meant are 0.3 s on a quiet machine; CI machines are not quiet. Loading torch alone takes longer than this."""
 HEAVY = ("torch", "transformers", "trl", "peft", "numpy", "datasets")
 VERBS = {
-    "demo", "init", "check", "plan", "train", "eval", "ask", "serve", "config", "show", "env", "export", "verify",
+    "demo", "init", "check", "plan", "train", "eval", "ask", "serve", "config", "show", "env", "export", "verify", "convert",
 }  # fmt: skip
 PUBLIC = [
     "LensmithError",

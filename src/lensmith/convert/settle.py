@@ -1,0 +1,202 @@
+"""Arguments that were found, through a tool's table, to our settings and to what has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from lensmith.config.rules import contradictions, settings_without_effect
+from lensmith.config.schema import list_settings, read_value
+from lensmith.config.suggest import suggest_settings
+from lensmith.config.tree import RunConfig
+from lensmith.convert.nouns import (
+    Argument,
+    Converted,
+    Found,
+    Left,
+    Noted,
+    Reference,
+    Rule,
+    Setting,
+    Skip,
+    Table,
+    Unread,
+    Without,
+)
+
+DEFAULT = ", the default there"
+SHOWN_CHARACTERS = 70
+TAKES_REFERENCES = ("model", "grpo.rewards", "precision")
+"""Settings whose rules know what to do with the name of a function or a type."""
+
+
+def settle(found: Found, table: Table, source: str) -> Converted:
+    """Every argument ends in exactly one of three lists: settings, without counterpart, not read."""
+    given = {argument.name: argument for argument in found.arguments}
+    unread = [_say_setting(one, table) for one in found.unread if not _is_wiring(one.name, table)]
+    settings: dict[str, Setting] = {}
+    answers: dict[str, Without] = {}
+    for rule in table.rules:
+        written = [given[name] for name in rule.names if name in given]
+        mains = [one for one in written if one.name in rule.mains]
+        if rule.ours in settings or any(one.name in rule.names for one in unread):
+            continue
+        objects = [one for one in written if isinstance(one.value, Reference)]
+        if objects and rule.ours not in TAKES_REFERENCES:
+            unread += [_object(one, table) for one in objects if not _is_wiring(one.name, table)]
+            continue
+        answer = _answer(rule, given)
+        if isinstance(answer, Without):
+            answers |= {one.name: answer for one in mains if one.name not in answers}
+        elif not isinstance(answer, Skip):
+            setting = _setting(rule, answer, mains)
+            if mains or (rule.assume and setting.value != read_value(RunConfig(), rule.ours)):
+                settings[rule.ours] = setting
+    if found.task == "grpo":
+        settings["task"] = Setting("task", "grpo", "")
+    kept, dropped = _consistent(settings)
+    left = [*_left(given, table, kept, answers, unread), *dropped]
+    remarks = [*found.remarks, *(told for path, told in table.unset.items() if path not in kept)]
+    order = [setting.path for setting in list_settings()]
+    settled = sorted(kept.values(), key=lambda setting: order.index(setting.path))
+    left.sort(key=lambda one: not one.matters)
+    return Converted(
+        found.tool, found.task, source, tuple(settled), tuple(left), tuple(dict.fromkeys(unread)), tuple(remarks)
+    )
+
+
+def _answer(rule: Rule, given: Mapping[str, Argument]) -> Any:
+    values = [given[name].value if name in given else default for name, default in rule.names.items()]
+    try:
+        return rule.translate(*values)
+    except (TypeError, ValueError, AttributeError, IndexError):
+        # A value of another kind than the tool takes; which of them is for the reader to see.
+        shown = ", ".join(_short(value) for value in values)
+        return Without(f"{shown} is not what this is usually set to; set {rule.ours}.")
+
+
+def _setting(rule: Rule, answer: Any, written: Sequence[Argument]) -> Setting:
+    value, note = (answer.value, answer.note) if isinstance(answer, Noted) else (answer, "")
+    if written:
+        told = ", ".join(f"{one} = {_short(one.value)}" if " = " not in str(one) else str(one) for one in written)
+        origin = f"{told} ({_places([one.where for one in written])})"
+    else:
+        defaults = ((name.rpartition(".")[2], rule.names[name]) for name in rule.mains)
+        told = ", ".join(f"{name} = {_short(value)}" for name, value in defaults if name and value is not None)
+        origin = f"{told}{DEFAULT}" if told else DEFAULT.lstrip(", ")
+    return Setting(rule.ours, value, origin, " ".join(filter(None, [rule.note if written or note else "", note])))
+
+
+def _say_setting(one: Unread, table: Table) -> Unread:
+    paths = table.settings_of(one.name)
+    return Unread(one.where, f"{one.what}; set {' and '.join(paths[:2])}" if paths else one.what, one.name)
+
+
+def _object(argument: Argument, table: Table) -> Unread:
+    paths = table.settings_of(argument.name)
+    what = f"{argument} = {argument.value.name} is no plain value"
+    return Unread(argument.where, f"{what}; set {' and '.join(paths[:2])}" if paths else what, argument.name)
+
+
+def _is_wiring(name: str, table: Table) -> bool:
+    return name in table.without and not table.without[name].matters
+
+
+def _left(
+    given: Mapping[str, Argument],
+    table: Table,
+    settings: Mapping[str, Setting],
+    answers: Mapping[str, Without],
+    unread: Sequence[Unread],
+) -> Iterator[Left]:
+    for name, argument in given.items():
+        if any(one.name == name for one in unread) or name.endswith("."):
+            continue
+        paths = table.settings_of(name)
+        if name in table.without:
+            told = table.without[name]
+        elif not paths:
+            near = suggest_settings(name.rpartition(".")[2])
+            told = Without(f"Not among the {table.tool} arguments that are known here. {near}".strip())
+        elif name in answers and not any(_names(settings, path, argument) for path in paths):
+            told = answers[name]
+        else:
+            continue
+        matters = told.matters and not any(argument.value is one or argument.value == one for one in told.same)
+        if matters or not isinstance(argument.value, Reference):
+            yield Left(str(argument), _plain(argument.value), argument.where, told.why, matters)
+
+
+def _names(settings: Mapping[str, Setting], path: str, argument: Argument) -> bool:
+    return path in settings and f"{argument} = " in settings[path].origin
+
+
+def _consistent(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], list[Left]]:
+    """Without values that a setting cannot take, and without those that have no effect or contradict beside the others."""
+    kept, dropped = dict(settings), []
+
+    def drop(path: str, why: str) -> None:
+        setting = kept.pop(path)
+        # A default of theirs that means nothing here is nobody's concern.
+        if not setting.origin.endswith(DEFAULT.lstrip(", ")):
+            dropped.append(Left(setting.origin, setting.value, "", why))
+
+    while True:
+        try:
+            config = RunConfig.model_validate(nested({path: setting.value for path, setting in kept.items()}))
+        except ValidationError as caught:
+            wrong = {".".join(str(part) for part in error["loc"]) for error in caught.errors()}
+            guilty = [path for path in kept if any(loc == path or loc.startswith(f"{path}.") for loc in wrong)]
+            allowed = {setting.path: setting.allowed for setting in list_settings()}
+            for path in guilty:
+                drop(path, f"{path} must be {allowed[path]}.")
+            assert guilty, "a value that no setting holds cannot be wrong"
+            continue
+        idle = settings_without_effect(config)
+        problems = {path: f"{path} {idle[path].why}" for path in kept if path in idle}
+        problems |= {one.path: f"{one.path} is {kept[one.path].value}, {one.why}" for one in contradictions(config) if one.path in kept}
+        if not problems:
+            return kept, dropped
+        for path, why in problems.items():
+            drop(path, why)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths -> a tree."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, leaf = path.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Reference):
+        return value.name
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _places(places: Sequence[str]) -> str:
+    """`cell 9, line 3` and `cell 9, line 5` -> `cell 9, lines 3 and 5`."""
+    lines: dict[str, list[str]] = {}
+    for place in dict.fromkeys(places):
+        start, word, number = place.rpartition("line ")
+        lines.setdefault(start + word, []).append(number)
+    told = [
+        f"{start.replace('line ', 'lines ')}{' and '.join([', '.join(numbers[:-1]), numbers[-1]])}"
+        if len(numbers) > 1
+        else f"{start}{numbers[0]}"
+        for start, numbers in lines.items()
+    ]
+    return "; ".join(told)
+
+
+def _short(value: Any) -> str:
+    plain = _plain(value)
+    text = plain if isinstance(value, Reference) else repr(plain)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
