@@ -25,6 +25,7 @@ from lensmith.check.findings import CODES  # noqa: E402
 from lensmith.cli import app  # noqa: E402
 from lensmith.config.rules import CONTRADICTIONS, WITHOUT_EFFECT  # noqa: E402
 from lensmith.config.schema import describe_section, list_sections, list_settings  # noqa: E402
+from lensmith.convert.run import TABLES  # noqa: E402
 from lensmith.evals.metrics import METRICS  # noqa: E402
 from lensmith.screens import write_default  # noqa: E402
 from lensmith.train.reward_functions import REWARDS, RewardFunction  # noqa: E402
@@ -37,6 +38,8 @@ REWARDS_START = "<!-- rewards: written by tools/write_docs.py from src/lensmith/
 REWARDS_END = "<!-- /rewards -->"
 METRICS_START = "<!-- metrics: written by tools/write_docs.py from src/lensmith/evals/metrics.py -->"
 METRICS_END = "<!-- /metrics -->"
+NAMES_START = "<!-- names: written by tools/write_docs.py from src/lensmith/convert -->"
+NAMES_END = "<!-- /names -->"
 FIT_START = "<!-- fit: written by tools/write_docs.py from src/lensmith/plan/coefficients.json -->"
 FIT_END = "<!-- /fit -->"
 GENERATED = "<!-- Written by tools/write_docs.py; edit the code instead. -->\n"
@@ -127,6 +130,47 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
+CALLS = {"load": "from_pretrained", "lora": "LoRA", "config": "Config", "trainer": "Trainer", "quant": "BitsAndBytesConfig",
+         "processor": "AutoProcessor", "collator": "UnslothVisionDataCollator", "data": "load_dataset",
+         "data_eval": "load_dataset of a test split", "split": "train_test_split", "responses": "train_on_responses_only",
+         "env": "environment"}  # fmt: skip
+"""What a prefix in the tables stands for; LoRA is LoraConfig or get_peft_model, Config SFTConfig or GRPOConfig."""
+
+
+def names_tables() -> str:
+    """Every argument that `lensmith convert` knows, tool by tool: with a counterpart, and without."""
+    lines = []
+    for tool, table_of in TABLES.items():
+        tables = [table_of("sft"), table_of("grpo")]
+        lines += [f"### {tool}", "", f"Names and defaults: {tables[0].version}.", ""]
+        lines += ["| Theirs | Ours | Their default | Note |", "|---|---|---|---|"]
+        rules = {
+            (rule.ours, *rule.mains, rule.note): rule for table in tables for rule in table.rules if any(rule.mains)
+        }
+        for rule in rules.values():
+            names = [name for name in rule.mains if not name.endswith(".")]
+            defaults = [_written(rule.names[name]) for name in names] if rule.assume else []
+            cells = [
+                ", ".join(_named(name) for name in names) or "no LoRA",
+                f"`{rule.ours}`",
+                ", ".join(f"`{default}`" for default in defaults if default != "null"),
+                rule.note,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        without = {name: told for table in tables for name, told in table.without.items() if told.matters}
+        lines += ["", "| Without counterpart | Instead |", "|---|---|"]
+        lines += [f"| {_named(name)} | {told.why} |" for name, told in without.items()]
+        nothing = {name for table in tables for name, told in table.without.items() if not told.matters}
+        lines += ["", f"Need nothing: {', '.join(_named(name) for name in sorted(nothing))}.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _named(name: str) -> str:
+    """`config.seed` -> `seed` (Config)."""
+    prefix, dot, leaf = name.partition(".")
+    return f"`{leaf}` ({CALLS[prefix]})" if dot else f"`{name}`"
+
+
 def _told(function: Callable[..., float], parts: Sequence[str]) -> list[str]:
     """What the docstring says on its first line, and after each of `parts`, which stand in this order.
 
@@ -189,6 +233,7 @@ def pages() -> dict[Path, str]:
         REPOSITORY / "docs" / "cli.md": cli_page(),
         REPOSITORY / "docs" / "config.md": config_page(),
         docs / "check.md": fill(docs / "check.md", CODES_START, codes_table(), CODES_END),
+        docs / "convert.md": fill(docs / "convert.md", NAMES_START, names_tables(), NAMES_END),
         docs / "plan.md": fill(docs / "plan.md", FIT_START, fit_table(), FIT_END),
         docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
         docs / "evaluation.md": fill(docs / "evaluation.md", METRICS_START, metrics_table(), METRICS_END),

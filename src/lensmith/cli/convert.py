@@ -43,6 +43,8 @@ def convert(
             f"{to}: exists already and stays as it is. Write another one: lensmith convert {file} --to other.yaml"
         ) from cause
     except FileNotFoundError as cause:
-        raise ConfigError(f"{to}: there is no folder {to.parent}. Make it, or choose another file with --to.") from cause
+        raise ConfigError(
+            f"{to}: there is no folder {to.parent}. Make it, or choose another file with --to."
+        ) from cause
     say(f"Wrote {to}. Read it, then: lensmith train {to}")
     return to_json(converted, str(to))

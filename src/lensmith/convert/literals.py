@@ -45,7 +45,7 @@ class Constants:
             except Computed:
                 continue
 
-    def read(self, node: ast.expr) -> Any:
+    def read(self, node: ast.expr) -> Any:  # noqa: PLR0911 (one per kind of expression)
         """The value of an expression, or a Reference for a name that stands for something else than a value.
 
         Raises:

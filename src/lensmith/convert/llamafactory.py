@@ -39,6 +39,8 @@ def resolve_datasets(arguments: Sequence[Argument], folder: Path) -> tuple[Argum
     try:
         registered = json.loads(table.read_text(encoding="utf-8"))
     except ValueError:
+        registered = None
+    if not isinstance(registered, dict):
         return tuple(arguments)
     resolved = []
     for argument in arguments:
@@ -46,7 +48,8 @@ def resolve_datasets(arguments: Sequence[Argument], folder: Path) -> tuple[Argum
             places = [_place(registered.get(name.strip()), table.parent) for name in argument.value.split(",")]
             if all(places):
                 shown = f"{argument} = {argument.value}, in {table.name}"
-                argument = Argument(argument.name, [str(one) for one in places], argument.where, shown)
+                resolved.append(Argument(argument.name, places, argument.where, shown))
+                continue
         resolved.append(argument)
     return tuple(resolved)
 
@@ -67,7 +70,11 @@ def _rows(value: Any) -> Any:
 
 def _test(value: Any, share: Any) -> Any:
     if value:
-        return value[0] if isinstance(value, list) and len(value) == 1 else Without(f"Set data.test to the file of {value}.")
+        return (
+            value[0]
+            if isinstance(value, list) and len(value) == 1
+            else Without(f"Set data.test to the file of {value}.")
+        )
     if not share:
         return None
     if share < 1:
@@ -94,7 +101,7 @@ def _names(target: Any) -> Any:
 
 def _language(frozen: bool, target: Any, kind: str) -> Any:
     if kind == "full" or frozen:
-        return _state(kind, frozen)
+        return "frozen" if frozen else SKIP
     return meaning.language(_names(target))
 
 
@@ -186,7 +193,11 @@ SAID = {
     "gradient_checkpointing": "disable_gradient_checkpointing decides there.",
 }
 OWN_ADVICE = {
-    **{name: Without(SAID.get(name, "Not needed."), matters=False) for name in NOT_NEEDED if name != "disable_shuffling"},
+    **{
+        name: Without(SAID.get(name, "Not needed."), matters=False)
+        for name in NOT_NEEDED
+        if name != "disable_shuffling"
+    },
     "disable_shuffling": Without("Rows are shuffled by the seed."),
     "max_samples": Without("Every row counts: make a smaller file, or weigh files in data.train."),
     "mix_strategy": Without("Give files weights in data.train."),
@@ -225,5 +236,5 @@ OWN_ADVICE = {
 
 def llamafactory_table(_: Task) -> Table:
     ruled = {name for rule in RULES for name in rule.names}
-    advice = {name: told for name, told in (ADVICE | OWN_ADVICE).items() if name not in ruled}
+    advice = {name: told for name, told in {**ADVICE, **OWN_ADVICE}.items() if name not in ruled}
     return Table("llama-factory", VERSION, RULES, advice, UNSET)

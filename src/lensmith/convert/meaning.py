@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from lensmith.convert.nouns import SKIP, Noted, Reference, Without
@@ -38,9 +37,13 @@ def model_name(name: Any) -> Any:
     if known:
         return Noted(f"Qwen/{known[1]}", "Unsloth's copy of Qwen's weights; Lensmith quantises Qwen's own on loading.")
     if re.search(r"-a\d+b", name.lower()):
-        return Noted(name, "A mixture of experts: Lensmith trains the dense Qwen3-VL, 2B, 4B, 8B and 32B. Name one of them.")
+        return Noted(
+            name, "A mixture of experts: Lensmith trains the dense Qwen3-VL, 2B, 4B, 8B and 32B. Name one of them."
+        )
     if "qwen3-vl" not in name.lower() and "qwen3vl" not in name.lower():
-        return Noted(name, "Lensmith trains Qwen3-VL and nothing else: if this is another family, name one of its models.")
+        return Noted(
+            name, "Lensmith trains Qwen3-VL and nothing else: if this is another family, name one of its models."
+        )
     return name
 
 
@@ -59,7 +62,9 @@ def schedule(name: str) -> Any:
     note = "Lensmith warms up before a constant rate too, where optim.warmup is above 0."
     if known == "constant" and name == "constant":
         return Noted(known, note)
-    return known or Without(f"Lensmith has cosine, linear and constant; optim.schedule is left at its default for {name}.")
+    return known or Without(
+        f"Lensmith has cosine, linear and constant; optim.schedule is left at its default for {name}."
+    )
 
 
 def loggers(value: Any) -> Any:
@@ -70,7 +75,7 @@ def loggers(value: Any) -> Any:
     if not kept:
         return Without(f"There is no logger {', '.join(names)}; metrics.jsonl has every step, log.report_to {LOGGERS}.")
     lost = [name for name in names if name not in LOGGERS]
-    return Noted(kept, f"Without {', '.join(lost)}, which Lensmith does not know.") if lost else kept
+    return Noted(kept, "", f"There is no logger {', '.join(lost)}; metrics.jsonl has every step.") if lost else kept
 
 
 def log_steps(steps: Any, report_to: Any) -> Any:
@@ -174,11 +179,15 @@ def targets(value: Any) -> frozenset[str] | Without:
 
     Names are matched as PEFT does: the last part of a module's path, or the path itself.
     """
-    if value in ALL_LINEAR or (isinstance(value, Sequence) and not isinstance(value, str) and value[:1] in ([ALL_LINEAR[0]], [ALL_LINEAR[1]])):
+    if (isinstance(value, str) and value in ALL_LINEAR) or (
+        isinstance(value, list) and len(value) == 1 and value[0] in ALL_LINEAR
+    ):
         return frozenset({"attention", "mlp", "vision", "merger"})
     names = [value] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value
     if isinstance(names, str) or names is None:
-        return Without("A pattern of module names: say with tune.language, attention, mlp, vision and merger what it meant.")
+        return Without(
+            "A pattern of module names: say with tune.language, attention, mlp, vision and merger what it meant."
+        )
     leaves = {str(name).rpartition(".")[2] if str(name) not in TOWER else str(name) for name in names}
     reached = {"attention"} if leaves & ATTENTION else set()
     reached |= {"mlp"} if leaves & MLP else set()

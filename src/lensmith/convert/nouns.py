@@ -83,6 +83,8 @@ class Noted:
 
     value: Any
     note: str
+    lost: str = ""
+    """What of the value does not carry over, for the list of what has no counterpart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,8 @@ class Setting:
     origin: str
     """Their arguments with values and places, for the comment beside it."""
     note: str = ""
+    names: tuple[str, ...] = ()
+    """The arguments that it comes from, as the tables have them; none where it is a default of the tool."""
 
 
 @dataclass(frozen=True, slots=True)

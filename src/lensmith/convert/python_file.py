@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lensmith.convert.literals import Computed, Constants, is_never, plain_lines
 from lensmith.convert.nouns import Argument, Found, Tool, Unread
@@ -35,8 +34,10 @@ CALLS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """Last part of what is called -> the prefix of its arguments in the tables, and names of positional ones."""
 OBJECTS = ("collator.model", "collator.processor", "responses.trainer", "lora.model")
 """Positional arguments that are objects of the script, not settings."""
+NAMED_BY_CALL = ("data", "data_eval", "processor", "split")
+"""Arguments whose names alone would tell nothing: load_dataset(path)."""
 OTHER_TRAINERS = ("DPOTrainer", "KTOTrainer", "ORPOTrainer", "PPOTrainer", "RewardTrainer", "RLOOTrainer", "CPOTrainer")
-TEST_SPLITS = ("test", "valid", "eval", "dev")
+TEST_SPLITS = ("test", "val", "eval", "dev")
 RESHAPING = ("map", "filter", "select", "rename_column", "remove_columns")
 
 
@@ -82,7 +83,9 @@ def read_python(path: Path, text: str) -> Found:
             arguments.setdefault("lora.", Argument("lora.", True, call.where, call.name))
         for argument in _arguments(call, constants, unread):
             arguments.setdefault(argument.name, argument)
-    kept = [one for name, one in arguments.items() if name not in OBJECTS and not (tool == "unsloth" and name == "lora.")]
+    kept = [
+        one for name, one in arguments.items() if name not in OBJECTS and not (tool == "unsloth" and name == "lora.")
+    ]
     task = "grpo" if names & {"GRPOTrainer", "GRPOConfig"} else "sft"
     return Found(tool, task, tuple(kept), tuple(unread), tuple(_remarks(blocks)))
 
@@ -96,7 +99,9 @@ def _notebook(path: Path, text: str) -> tuple[list[Block], list[Unread]]:
         cells = json.loads(text)["cells"]
         sources = [(number, cell["source"]) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"]
     except (ValueError, KeyError, TypeError) as cause:
-        raise ConfigError(f"{path}: not a notebook of format 4, which is JSON with `cells`. Export it again as .ipynb.") from cause
+        raise ConfigError(
+            f"{path}: not a notebook of format 4, which is JSON with `cells`. Export it again as .ipynb."
+        ) from cause
     blocks, unread = [], []
     for number, source in sources:
         place = f"cell {number}, line {{}}"
@@ -115,7 +120,9 @@ def _parse(text: str, path: str) -> ast.Module:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as cause:
         line = getattr(cause, "lineno", None)
         where = f"{path}:{line}" if line else path
-        raise ConfigError(f"{where}: not Python that {_version()} reads: {cause.args[0] if cause.args else cause}.") from cause
+        raise ConfigError(
+            f"{where}: not Python that {_version()} reads: {cause.args[0] if cause.args else cause}."
+        ) from cause
 
 
 def _version() -> str:
@@ -184,7 +191,9 @@ def _first_of_kind(calls: Sequence[_Call], unread: list[Unread]) -> Iterator[_Ca
             seen[call.prefix] = call
             yield call
         else:
-            unread.append(Unread(call.where, f"{call.name} is called again; the call at {seen[call.prefix].where} is used"))
+            unread.append(
+                Unread(call.where, f"{call.name} is called again; the call at {seen[call.prefix].where} is used")
+            )
 
 
 def _is_test(node: ast.Call) -> bool:
@@ -209,7 +218,8 @@ def _arguments(call: _Call, constants: Constants, unread: list[Unread]) -> Itera
             what = f"{name} = {_short(ast.unparse(node))} is computed"
             unread.append(Unread(where, what, f"{call.prefix}.{name}"))
             continue
-        yield Argument(f"{call.prefix}.{name}", value, where, name)
+        shown = f"{call.name}({name})" if call.prefix in NAMED_BY_CALL else name
+        yield Argument(f"{call.prefix}.{name}", value, where, shown)
 
 
 def _spread(call: _Call, node: ast.expr, constants: Constants, unread: list[Unread]) -> Iterator[Argument]:

@@ -38,7 +38,9 @@ def convert_file(path: Path, tool: Tool | None = None) -> Converted:
     if tool is not None and found.tool != tool:
         found = replace(found, tool=tool)
     if not found.arguments:
-        raise ConfigError(f"{path}: no arguments in it that a setting could come from. `lensmith init DATA` starts anew.")
+        raise ConfigError(
+            f"{path}: no arguments in it that a setting could come from. `lensmith init DATA` starts anew."
+        )
     if found.tool == "trl" and path.suffix not in (".py", ".ipynb"):
         found = with_calls(found)
     return settle(found, TABLES[found.tool](found.task), path.name)
@@ -46,7 +48,10 @@ def convert_file(path: Path, tool: Tool | None = None) -> Converted:
 
 def _found(path: Path, text: str, tool: Tool | None) -> Found:
     if path.suffix in (".py", ".ipynb"):
-        return read_python(path, text)
+        try:
+            return read_python(path, text)
+        except RecursionError as cause:
+            raise ConfigError(f"{path}: an expression in it is nested too deeply to be read. Shorten it.") from cause
     if path.suffix in (".yaml", ".yml", ".json"):
         return read_settings_file(path, text, tool)
     if is_command(text) or path.suffix in (".sh", ".bash", ".txt"):
@@ -60,7 +65,9 @@ def _found(path: Path, text: str, tool: Tool | None) -> Found:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, which no script is. Give the script that trains.")
+            raise ConfigError(
+                f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, which no script is. Give the script that trains."
+            )
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as cause:
         raise ConfigError(f"{path}: no such file. Check the path.") from cause

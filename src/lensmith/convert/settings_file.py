@@ -15,7 +15,14 @@ from lensmith.errors import ConfigError
 SIGNS: Mapping[Tool, tuple[str, ...]] = {
     "llama-factory": ("finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_target", "freeze_vision_tower"),
     "ms-swift": ("tuner_type", "train_type", "rlhf_type", "split_dataset_ratio", "freeze_vit", "freeze_aligner"),
-    "trl": ("dataset_name", "use_peft", "lora_target_modules", "max_completion_length", "num_generations", "reward_funcs"),
+    "trl": (
+        "dataset_name",
+        "use_peft",
+        "lora_target_modules",
+        "max_completion_length",
+        "num_generations",
+        "reward_funcs",
+    ),
 }
 """Names that only one of the tools has; most of them found wins."""
 STAGES = {"sft": "supervised fine-tuning"}
@@ -29,16 +36,22 @@ def read_settings_file(path: Path, text: str, tool: Tool | None = None) -> Found
     """
     document = parse_yaml(text, str(path))
     if not isinstance(document.tree, dict):
-        raise ConfigError(f"{path}: holds no settings but a {type(document.tree).__name__}. Give the file that training reads.")
+        raise ConfigError(
+            f"{path}: holds no settings but a {type(document.tree).__name__}. Give the file that training reads."
+        )
     tree: dict[str, Any] = document.tree
     tool = tool or _tool_of(path, tree)
     arguments = [
-        Argument(name, value, f"line {document.lines.get((name,), 1)}") for name, value in tree.items() if value is not None
+        Argument(name, value, f"line {document.lines.get((name,), 1)}")
+        for name, value in tree.items()
+        if value is not None
     ]
     if tool == "llama-factory":
         stage = tree.get("stage", "sft")
         if stage not in STAGES:
-            raise ConfigError(f"{path}: stage={stage}; of LLaMA-Factory's stages Lensmith has sft alone (and GRPO, task=grpo).")
+            raise ConfigError(
+                f"{path}: stage={stage}; of LLaMA-Factory's stages Lensmith has sft alone (and GRPO, task=grpo)."
+            )
         return Found(tool, "sft", resolve_datasets(arguments, path.parent))
     task: Task = "grpo" if tree.get("rlhf_type") == "grpo" or "num_generations" in tree else "sft"
     if tree.get("rlhf_type", "grpo") != "grpo":
@@ -47,11 +60,13 @@ def read_settings_file(path: Path, text: str, tool: Tool | None = None) -> Found
 
 
 def _tool_of(path: Path, tree: Mapping[str, Any]) -> Tool:
-    counts = {tool: sum(name in tree for name in names) for tool, names in SIGNS.items()}
-    best = max(counts, key=lambda tool: counts[tool])
+    counts: dict[Tool, int] = {tool: sum(name in tree for name in names) for tool, names in SIGNS.items()}
+    best: Tool = max(counts, key=lambda tool: counts[tool])
     if not counts[best]:
         if {"data", "tune", "optim"} & set(tree):
-            raise ConfigError(f"{path}: these are Lensmith's own settings already. Start them with: lensmith train {path}")
+            raise ConfigError(
+                f"{path}: these are Lensmith's own settings already. Start them with: lensmith train {path}"
+            )
         seen = ", ".join(list(tree)[:5])
         raise ConfigError(
             f"{path}: settings of no tool that is known (LLaMA-Factory, ms-swift, TRL); it holds {seen or 'nothing'}. "
@@ -107,10 +122,7 @@ def with_calls(found: Found) -> Found:
 
 def _listed(arguments: Sequence[Argument]) -> list[Argument]:
     """all-linear is one word in TRL, and a list in its command line."""
-    changed = []
-    for argument in arguments:
-        value = argument.value
-        if argument.name == "lora.target_modules" and value == ["all-linear"]:
-            argument = replace(argument, value="all-linear")
-        changed.append(argument)
-    return changed
+    return [
+        replace(one, value="all-linear") if one.name == "lora.target_modules" and one.value == ["all-linear"] else one
+        for one in arguments
+    ]

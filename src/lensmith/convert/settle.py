@@ -38,10 +38,15 @@ def settle(found: Found, table: Table, source: str) -> Converted:
     unread = [_say_setting(one, table) for one in found.unread if not _is_wiring(one.name, table)]
     settings: dict[str, Setting] = {}
     answers: dict[str, Without] = {}
+    partly: list[Left] = []
     for rule in table.rules:
         written = [given[name] for name in rule.names if name in given]
         mains = [one for one in written if one.name in rule.mains]
-        if rule.ours in settings or any(one.name in rule.names for one in unread):
+        if rule.ours in settings:
+            continue
+        if missing := next((one for one in unread if one.name in rule.names), None):
+            told = Without(f"Goes with {missing.name.rpartition('.')[2]}, which could not be read: set {rule.ours}.")
+            answers |= {one.name: told for one in mains if one.name not in answers}
             continue
         objects = [one for one in written if isinstance(one.value, Reference)]
         if objects and rule.ours not in TAKES_REFERENCES:
@@ -52,12 +57,15 @@ def settle(found: Found, table: Table, source: str) -> Converted:
             answers |= {one.name: answer for one in mains if one.name not in answers}
         elif not isinstance(answer, Skip):
             setting = _setting(rule, answer, mains)
+            if isinstance(answer, Noted) and answer.lost and mains:
+                one = mains[0]
+                partly.append(Left(str(one), _plain(one.value), one.where, answer.lost))
             if mains or (rule.assume and setting.value != read_value(RunConfig(), rule.ours)):
                 settings[rule.ours] = setting
     if found.task == "grpo":
         settings["task"] = Setting("task", "grpo", "")
     kept, dropped = _consistent(settings)
-    left = [*_left(given, table, kept, answers, unread), *dropped]
+    left = [*_left(given, table, kept, answers, unread), *partly, *dropped]
     remarks = [*found.remarks, *(told for path, told in table.unset.items() if path not in kept)]
     order = [setting.path for setting in list_settings()]
     settled = sorted(kept.values(), key=lambda setting: order.index(setting.path))
@@ -86,7 +94,13 @@ def _setting(rule: Rule, answer: Any, written: Sequence[Argument]) -> Setting:
         defaults = ((name.rpartition(".")[2], rule.names[name]) for name in rule.mains)
         told = ", ".join(f"{name} = {_short(value)}" for name, value in defaults if name and value is not None)
         origin = f"{told}{DEFAULT}" if told else DEFAULT.lstrip(", ")
-    return Setting(rule.ours, value, origin, " ".join(filter(None, [rule.note if written or note else "", note])))
+    return Setting(
+        rule.ours,
+        value,
+        origin,
+        " ".join(filter(None, [rule.note if written or note else "", note])),
+        tuple(one.name for one in written),
+    )
 
 
 def _say_setting(one: Unread, table: Table) -> Unread:
@@ -120,8 +134,10 @@ def _left(
         elif not paths:
             near = suggest_settings(name.rpartition(".")[2])
             told = Without(f"Not among the {table.tool} arguments that are known here. {near}".strip())
-        elif name in answers and not any(_names(settings, path, argument) for path in paths):
+        elif name in answers and not any(name in settings[path].names for path in paths if path in settings):
             told = answers[name]
+        elif not any(name in settings[path].names for path in paths if path in settings) and argument.value is not None:
+            told = Without(f"Decided together with {_others(table, name)}.", matters=False)
         else:
             continue
         matters = told.matters and not any(argument.value is one or argument.value == one for one in told.same)
@@ -129,8 +145,9 @@ def _left(
             yield Left(str(argument), _plain(argument.value), argument.where, told.why, matters)
 
 
-def _names(settings: Mapping[str, Setting], path: str, argument: Argument) -> bool:
-    return path in settings and f"{argument} = " in settings[path].origin
+def _others(table: Table, name: str) -> str:
+    """The setting that an argument has a say in without being told beside it."""
+    return ", ".join(dict.fromkeys(table.settings_of(name)))
 
 
 def _consistent(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], list[Left]]:
@@ -140,7 +157,7 @@ def _consistent(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], li
     def drop(path: str, why: str) -> None:
         setting = kept.pop(path)
         # A default of theirs that means nothing here is nobody's concern.
-        if not setting.origin.endswith(DEFAULT.lstrip(", ")):
+        if setting.names:
             dropped.append(Left(setting.origin, setting.value, "", why))
 
     while True:
@@ -156,7 +173,11 @@ def _consistent(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], li
             continue
         idle = settings_without_effect(config)
         problems = {path: f"{path} {idle[path].why}" for path in kept if path in idle}
-        problems |= {one.path: f"{one.path} is {kept[one.path].value}, {one.why}" for one in contradictions(config) if one.path in kept}
+        problems |= {
+            one.path: f"{one.path} is {kept[one.path].value}, {one.why}"
+            for one in contradictions(config)
+            if one.path in kept
+        }
         if not problems:
             return kept, dropped
         for path, why in problems.items():

@@ -7,6 +7,7 @@ modelscope/ms-swift 3602360a5 of 2026-08-22, version 4.6.0.dev0; `train_type` is
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from lensmith.convert import meaning
@@ -41,7 +42,9 @@ def _kind(kind: Any, older: Any) -> str:
 def _method(kind: Any, older: Any, bits: Any, quantiser: Any) -> Any:
     named = _kind(kind, older)
     if named not in ("lora", "full"):
-        return Without(f"Lensmith has lora, qlora, lora_8bit and full, and no {named}; run.yaml says lora as it stands.")
+        return Without(
+            f"Lensmith has lora, qlora, lora_8bit and full, and no {named}; run.yaml says lora as it stands."
+        )
     if bits and quantiser not in ("bnb", None):
         return Without(f"Lensmith quantises with bitsandbytes, not {quantiser}: set tune.method=qlora.")
     return meaning.quantisation(bits == 4, bits == 8, full=named == "full")
@@ -55,7 +58,11 @@ def _rank(value: Any, kind: Any, older: Any) -> Any:
     return SKIP if _kind(kind, older) == "full" else value
 
 
-def _component(frozen: bool, target: Any, kind: Any, older: Any, part: str) -> Any:
+def _real(value: Any, kind: Any, older: Any) -> Any:
+    return _rank(float(value), kind, older)
+
+
+def _component(part: str, frozen: bool, target: Any, kind: Any, older: Any) -> Any:
     if frozen:
         return "frozen"
     return "trained" if _kind(kind, older) == "full" else meaning.component(target, part)
@@ -64,15 +71,15 @@ def _component(frozen: bool, target: Any, kind: Any, older: Any, part: str) -> A
 def _language(frozen: bool, target: Any, kind: Any, older: Any) -> Any:
     if frozen:
         return "frozen"
-    return "trained" if _kind(kind, older) == "full" else meaning.language(target)
+    return SKIP if _kind(kind, older) == "full" else meaning.language(target)
 
 
-def _part(target: Any, kind: Any, older: Any, part: str) -> Any:
+def _part(part: str, target: Any, kind: Any, older: Any) -> Any:
     return SKIP if _kind(kind, older) == "full" else meaning.reaches(target, part)
 
 
 def _tower_rate(own: Any, rate: Any, frozen: bool, target: Any, kind: Any, older: Any) -> Any:
-    if _component(frozen, target, kind, older, "vision") == "frozen":
+    if _component("vision", frozen, target, kind, older) == "frozen":
         return SKIP
     return own if own is not None else Noted(_rate(rate, kind, older), TOWER_RATE_NOTE)
 
@@ -95,21 +102,21 @@ def _tokens(argument: Any, area: Any, tokens: Any) -> Any:
 def _rows(value: Any, hub: Any = False) -> Any:
     """`owner/name:subset#count`, or files, several of them in a list."""
     listed = value if isinstance(value, list) else [value]
-    places, notes = [], []
+    places, notes, lost = [], [], []
     for one in listed:
         place, _, count = str(one).partition("#")
         name, _, subset = place.partition(":")
         if place.startswith(("hf::", "ms::")):
             name, _, subset = place[4:].partition(":")
         if count:
-            notes.append(f"{count} rows of {name} there; Lensmith takes all: use weight, or a smaller file.")
+            lost.append(f"{count} rows of {name} there; Lensmith takes all: use weight, or a smaller file.")
         if subset:
-            notes.append(f"The subset {subset} of {name} cannot be named here: save it to a file.")
+            lost.append(f"The subset {subset} of {name} cannot be named here: save it to a file.")
         if "." not in name.rpartition("/")[2] and not hub and not place.startswith("hf::"):
             notes.append(f"{name} was ModelScope's; here it is looked for on the Hugging Face Hub.")
         places.append(name)
     settled = places[0] if len(places) == 1 else [{"path": place} for place in places]
-    return Noted(settled, " ".join(notes)) if notes else settled
+    return Noted(settled, " ".join(notes), " ".join(lost)) if notes or lost else settled
 
 
 def _test(value: Any, share: Any) -> Any:
@@ -146,11 +153,12 @@ def _rewards(names: Any, weights: Any, length: Any, cache: Any, most: int, ngram
         if name in known:
             kept.append({**known[name], **({"weight": float(weight)} if weight != 1 else {})})
     told = [notes[name] for name in listed if name in notes]
-    if lost:
-        told.append(f"No counterpart: {', '.join(map(str, lost))}; write it as a function, docs/rewards.md.")
+    missing = (
+        f"There is no reward {', '.join(map(str, lost))}: write it as a function, docs/rewards.md." if lost else ""
+    )
     if not kept:
-        return Without(" ".join(told))
-    return Noted(kept, " ".join(told)) if told else kept
+        return Without(f"{missing} Until then grpo.rewards is math_boxed.")
+    return Noted(kept, " ".join(told), missing) if told or missing else kept
 
 
 KIND = {"tuner_type": "lora", "train_type": None}
@@ -170,17 +178,17 @@ RULES = (
     Rule({"truncation_strategy": None}, "data.on_long", _long, assume=False),
     Rule({**KIND, "quant_bits": None, "quant_method": None}, "tune.method", _method),
     Rule({"lora_rank": 8, **KIND}, "tune.rank", _rank, beside=2),
-    Rule({"lora_alpha": 32, **KIND}, "tune.alpha", lambda alpha, *kind: _rank(float(alpha), *kind),
+    Rule({"lora_alpha": 32, **KIND}, "tune.alpha", _real,
          "The scale is alpha / rank, as there.", beside=2),
-    Rule({"lora_dropout": 0.05, **KIND}, "tune.dropout", lambda rate, *kind: _rank(float(rate), *kind), beside=2),
+    Rule({"lora_dropout": 0.05, **KIND}, "tune.dropout", _real, beside=2),
     Rule({"use_rslora": False}, "tune.rslora"),
     Rule({"use_dora": False}, "tune.dora"),
     Rule({"freeze_llm": False, **TARGET, **KIND}, "tune.language", _language, beside=2),
-    Rule({**TARGET, **KIND}, "tune.attention", lambda *values: _part(*values, "attention"), beside=2),
-    Rule({**TARGET, **KIND}, "tune.mlp", lambda *values: _part(*values, "mlp"), beside=2),
-    Rule({"freeze_vit": True, **TARGET, **KIND}, "tune.vision", lambda *values: _component(*values, "vision"),
+    Rule({**TARGET, **KIND}, "tune.attention", partial(_part, "attention"), beside=2),
+    Rule({**TARGET, **KIND}, "tune.mlp", partial(_part, "mlp"), beside=2),
+    Rule({"freeze_vit": True, **TARGET, **KIND}, "tune.vision", partial(_component, "vision"),
          beside=3),
-    Rule({"freeze_aligner": True, **TARGET, **KIND}, "tune.merger", lambda *values: _component(*values, "merger"),
+    Rule({"freeze_aligner": True, **TARGET, **KIND}, "tune.merger", partial(_component, "merger"),
          "Merger and deepstack mergers, as there.", beside=3),
     Rule({"vit_lr": None, "learning_rate": None, "freeze_vit": True, **TARGET, **KIND}, "optim.vision_learning_rate",
          _tower_rate, beside=4),
@@ -222,7 +230,7 @@ OWN_ADVICE = {
     "freeze_parameters_ratio": Without("Components move whole: tune.language, vision and merger."),
     "trainable_parameters": Without("Components move whole: tune.language, vision and merger."),
     "bnb_4bit_compute_dtype": Without("The run's precision.", matters=False),
-    "bnb_4bit_quant_type": Without("qlora is NF4."),
+    "bnb_4bit_quant_type": Without("qlora is NF4.", same=("nf4",)),
     "bnb_4bit_use_double_quant": Without("Decided by tune.method=qlora.", matters=False),
     "optimizer": Without("Lensmith has AdamW: optim.name; parts have rates of their own."),
     "use_galore": Without("For full training in little memory: tune.method=full and optim.in_backward=true."),
@@ -240,7 +248,7 @@ def swift_table(task: Task) -> Table:
     rules = [rule for rule in training_rules(**common) if rule.ours != "optim.learning_rate"]
     rules.append(Rule({"learning_rate": None, **KIND}, "optim.learning_rate", _rate, beside=2))
     batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": None}
-    advice = ADVICE | OWN_ADVICE
+    advice = {**ADVICE, **OWN_ADVICE}
     if task == "grpo":
         group = {**batch, "env.NPROC_PER_NODE": 1, "num_generations": 8}
         shaped = {"reward_funcs": None, "reward_weights": None, "soft_max_length": None, "soft_cache_length": None,
@@ -252,7 +260,7 @@ def swift_table(task: Task) -> Table:
             Rule(shaped, "grpo.rewards", _rewards, assume=False),
             Rule({"overlong_filter": False}, "grpo.mask_truncated"),
         ]
-        advice = advice | GRPO_ADVICE
+        advice |= GRPO_ADVICE
     else:
         rules.append(Rule({**batch, "env.NPROC_PER_NODE": 1}, "optim.effective_samples", _samples, SAMPLES_NOTE))
     every = (*RULES, *rules)

@@ -195,7 +195,7 @@ def completion_rules(prefix: str = "", translate: Any = meaning.completions, **c
     return (Rule(names, "optim.effective_samples", translate, COMPLETIONS_NOTE, beside=1),)
 
 
-def scale_of(value: Any) -> str:
+def scale_of(value: Any) -> Any:
     """True and False are what TRL had before it had words."""
     return {True: "group", False: "none"}.get(value, value)
 
@@ -204,7 +204,9 @@ def own_rewards(functions: Any, weights: Sequence[float] | None) -> Any:
     """TRL's reward functions, which take and return what ours do, as functions of a file of their own."""
     listed = functions if isinstance(functions, list) else [functions]
     if not all(isinstance(one, Reference) for one in listed):
-        return Without("A reward model: Lensmith's rewards are functions. Set grpo.rewards; docs/rewards.md lists them.")
+        return Without(
+            "A reward model: Lensmith's rewards are functions. Set grpo.rewards; docs/rewards.md lists them."
+        )
     places = [f"rewards.py:{one.name.rpartition('.')[2]}" for one in listed]
     entries: list[Any] = list(places)
     if weights:

@@ -41,11 +41,11 @@ def data_place(path: Any, files: Any, folder: Any, split: Any, subset: Any) -> A
     if not isinstance(path, str):
         return SKIP
     share, _, cut = (split or "").partition("[")
-    notes = [f"Only {split} of it there; Lensmith takes the whole split."] if cut else []
+    lost = [f"Only {split} of it there; Lensmith takes the whole split."] if cut else []
     if subset:
-        notes.append(f"The subset {subset} cannot be named here: save it to a file first.")
+        lost.append(f"The subset {subset} cannot be named here: save it to a file first.")
     place = f"{path}:{share}" if share else path
-    return Noted(place, " ".join(notes)) if notes else place
+    return Noted(place, "", " ".join(lost)) if lost else place
 
 
 def from_quant(four: Any, eight: Any, lora: Any) -> Any:
@@ -59,7 +59,11 @@ def tower_rate(rate: float, lora: Any, target: Any) -> Any:
 
 
 def _whole(lora: Any) -> Any:
-    return SKIP if lora else Noted("trained", "Without an adapter all of the model trains there; `frozen` needs less memory.")
+    return (
+        SKIP
+        if lora
+        else Noted("trained", "Without an adapter all of the model trains there; `frozen` needs less memory.")
+    )
 
 
 def pixels_of(size: Any, pixels: Any, edge: str) -> Any:
@@ -166,7 +170,7 @@ OTHER_ADVICE = {
     "load.token": Without("Log in with `hf auth login`; a token does not belong into a file."),
     "load.revision": Without("Give a local folder to hold a model at a revision."),
     "load.cache_dir": Without("Set HF_HOME.", matters=False),
-    "quant.bnb_4bit_quant_type": Without("qlora is NF4."),
+    "quant.bnb_4bit_quant_type": Without("qlora is NF4.", same=("nf4",)),
     "quant.bnb_4bit_compute_dtype": Without("The run's precision.", matters=False),
     "quant.bnb_4bit_use_double_quant": Without("Decided by tune.method=qlora.", matters=False),
     "quant.bnb_4bit_quant_storage": Without("Not needed.", matters=False),
@@ -201,7 +205,7 @@ def model_rules() -> tuple[Rule, ...]:
 
 def target_rules(names: Sequence[str] = ("lora.target_modules",)) -> tuple[Rule, ...]:
     """Which parts get adapters, from a list of modules or all-linear."""
-    key = {name: None for name in names}
+    key = dict.fromkeys(names)
 
     def given(answer: Any) -> Any:
         return lambda value: SKIP if value is None else answer(value)
@@ -225,7 +229,11 @@ def trl_table(task: Task) -> Table:
     advice |= LORA_ADVICE | DATA_ADVICE
     if task == "sft":
         length = {"config.max_length": None, "config.max_seq_length": None, "trainer.max_seq_length": None}
-        rules = (*common, *sample_rules("config."), Rule(length, "pack.tokens", first_length, LENGTH_NOTE, assume=False))
+        rules = (
+            *common,
+            *sample_rules("config."),
+            Rule(length, "pack.tokens", first_length, LENGTH_NOTE, assume=False),
+        )
         return Table("trl", VERSION, rules, advice | SFT_ADVICE, UNSET)
     rules = (
         *common, *completion_rules("config."), *grpo_rules("config."),

@@ -57,7 +57,7 @@ def _method(four: bool, eight: bool, full: bool) -> Any:
 
 def _language(moves: bool, attention: bool, mlp: bool, target: Any, full: bool) -> Any:
     if full:
-        return "trained"
+        return SKIP
     found = meaning.language("all" if target is None else target)
     return "frozen" if not (moves and (attention or mlp)) else found
 
@@ -85,7 +85,9 @@ def _resize(value: Any) -> Any:
     if value == "max":
         return SKIP
     sides = list(value) if isinstance(value, list | tuple) else [value, value]
-    return Noted(meaning.image_tokens(sides[0] * sides[1]), "An area: pictures keep their shape. One token is 32 x 32 pixels.")
+    return Noted(
+        meaning.image_tokens(sides[0] * sides[1]), "An area: pictures keep their shape. One token is 32 x 32 pixels."
+    )
 
 
 def completions(batch: int, accumulation: int, group: int) -> Any:
@@ -120,9 +122,9 @@ PEFT_RULES = (
           "lora.finetune_mlp_modules": True, "lora.target_modules": None, "load.full_finetuning": False},
          "tune.language", _language, beside=4),
     Rule({"lora.finetune_attention_modules": True, "lora.target_modules": None}, "tune.attention",
-         lambda moves, target: _part(moves, target, "attention"), "Of the decoder; there of the tower too.", beside=1),
+         lambda moves, target: _part(moves, target, "attention"), "Of the decoder; there of the tower too."),
     Rule({"lora.finetune_mlp_modules": True, "lora.target_modules": None}, "tune.mlp",
-         lambda moves, target: _part(moves, target, "mlp"), "Of the decoder; there of the tower too.", beside=1),
+         lambda moves, target: _part(moves, target, "mlp"), "Of the decoder; there of the tower too."),
     Rule({"lora.finetune_vision_layers": True, "lora.target_modules": None, "load.full_finetuning": False},
          "tune.vision", _vision, "The mergers stay frozen, as there: tune.merger.", beside=2),
     Rule({"config.learning_rate": RATE, "lora.finetune_vision_layers": True, "lora.target_modules": None,
@@ -189,4 +191,6 @@ def unsloth_table(task: Task) -> Table:
         Rule({"trainer.reward_funcs": None, "config.reward_weights": None}, "grpo.rewards", own_rewards, assume=False),
     )  # fmt: skip
     unset = UNSET | {"data.image.max_tokens": GRPO_PICTURES}
-    return Table("unsloth", VERSION, rules, advice | {f"config.{name}": told for name, told in GRPO_ADVICE.items()}, unset)
+    return Table(
+        "unsloth", VERSION, rules, advice | {f"config.{name}": told for name, told in GRPO_ADVICE.items()}, unset
+    )

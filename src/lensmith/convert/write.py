@@ -42,7 +42,8 @@ def describe_left(one: Left) -> str:
 
 def screen(converted: Converted) -> Iterator[str]:
     """What a person should know, line by line."""
-    yield f"{converted.source}: {TITLES[converted.tool]}, for {converted.task}; {len(converted.settings)} settings have a counterpart."
+    count = len(converted.settings)
+    yield f"{converted.source}: {TITLES[converted.tool]}, for {converted.task}; {count} settings have a counterpart."
     matters = [one for one in converted.without if one.matters]
     if matters:
         yield "Without counterpart:"
@@ -62,7 +63,8 @@ def to_json(converted: Converted, wrote: str) -> dict[str, Any]:
         "tool": converted.tool,
         "task": converted.task,
         "settings": [
-            {"path": one.path, "value": plain(one.value), "from": one.origin, "note": one.note} for one in converted.settings
+            {"path": one.path, "value": plain(one.value), "from": one.origin, "note": one.note}
+            for one in converted.settings
         ],
         "without_counterpart": [
             {"name": one.name, "value": one.value, "where": one.where, "why": one.why, "matters": one.matters}
@@ -106,7 +108,9 @@ def _fill_in(goes_on: bool) -> Iterator[str]:
     """Where the data would stand, if the file named any."""
     yield ""
     yield "data:" if goes_on else "# data:"
-    yield from ["  # train: rows.jsonl   <- fill in: a file, a folder or a data set name; docs/data.md shows the shapes"]
+    yield from [
+        "  # train: rows.jsonl   <- fill in: a file, a folder or a data set name; docs/data.md shows the shapes"
+    ]
 
 
 def _line(setting: Setting, leaf: str, indent: str) -> Iterator[str]:
