@@ -123,8 +123,7 @@ UNREAD = {
                           "cell 9, line 16: fp16 = not torch.cuda.is_bf16_supported() is computed; set precision"],
     "trl_sft.py": ["line 33: per_device_train_batch_size = int(os.environ.get('BATCH', 2)) is computed; "
                    "set optim.effective_samples"],
-    "trl_grpo.py": ["line 14: learning_rate = rate is no plain value; "
-                    "set optim.learning_rate and optim.vision_learning_rate"],
+    "trl_grpo.py": ["line 14: learning_rate = rate is no plain value; set optim.learning_rate"],
     "swift_sft.sh": ["line 29: output_dir = output/$STAMP is set by the shell; set run"],
 }  # fmt: skip
 
@@ -273,6 +272,20 @@ def build(depth=3):
     assert {one.name.rpartition(".")[2] for one in found.unread} == {
         "output_dir", "save_steps", "weight_decay", "logging_steps", "warmup_steps",
     }  # fmt: skip
+
+
+def test_of_two_trainings_the_first_is_converted_and_the_other_named(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("SFTConfig(seed=1)\nGRPOConfig(seed=2, beta=0.1)\n")
+    converted = convert_file(path)
+    assert (converted.task, {one.path: one.value for one in converted.settings}["seed"]) == ("sft", 1)
+    assert [one.where for one in converted.unread] == ["line 2"]
+    assert "a second training, of another kind" in converted.unread[0].what
+
+
+def test_a_size_that_does_not_exist_is_said():
+    answer = meaning.model_name("unsloth/Qwen3-VL-7B")
+    assert answer.note == "There is no Qwen3-VL of 7B: name one of 2B, 4B, 8B, 32B."
 
 
 def test_shell_variables_are_filled_in_where_they_are_plain(tmp_path):

@@ -14,6 +14,9 @@ from lensmith.convert.nouns import SKIP, Noted, Reference, Without
 TOKEN_PX = 32
 """Side of the square that one language token covers: patch_size 16 x spatial_merge_size 2 in Qwen3-VL's config.json."""
 UNSLOTH_MODEL = re.compile(r"unsloth/(Qwen3-VL-[\w.]+?-(?:Instruct|Thinking))(?:-(?:unsloth-)?bnb-4bit|-FP8)?", re.I)
+SIZES = ("2B", "4B", "8B", "32B")
+"""Of the dense Qwen3-VL, https://huggingface.co/collections/Qwen/qwen3-vl."""
+SIZE = re.compile(r"Qwen3-VL-(\d+B)(?!-A\d)", re.I)
 OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw": "adamw",
     "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
@@ -36,6 +39,8 @@ def model_name(name: Any) -> Any:
     known = UNSLOTH_MODEL.fullmatch(name)
     if known:
         return Noted(f"Qwen/{known[1]}", "Unsloth's copy of Qwen's weights; Lensmith quantises Qwen's own on loading.")
+    if (size := SIZE.search(name)) and size[1].upper() not in SIZES:
+        return Noted(name, f"There is no Qwen3-VL of {size[1]}: name one of {', '.join(SIZES)}.")
     if re.search(r"-a\d+b", name.lower()):
         return Noted(
             name, "A mixture of experts: Lensmith trains the dense Qwen3-VL, 2B, 4B, 8B and 32B. Name one of them."

@@ -136,8 +136,9 @@ class Table:
         assert not ruled & set(self.without), f"{self.tool}: both ruled and without: {ruled & set(self.without)}"
 
     def settings_of(self, name: str) -> tuple[str, ...]:
-        """Paths of our settings that an argument has a say in."""
-        return tuple(rule.ours for rule in self.rules if name in rule.names)
+        """Paths of our settings that an argument has a say in; first the one that it decides most alone."""
+        rules = sorted((rule for rule in self.rules if name in rule.names), key=lambda rule: len(rule.names))
+        return tuple(rule.ours for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)

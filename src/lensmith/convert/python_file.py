@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lensmith.convert.literals import Computed, Constants, is_never, plain_lines
-from lensmith.convert.nouns import Argument, Found, Tool, Unread
+from lensmith.convert.nouns import Argument, Found, Task, Tool, Unread
 from lensmith.errors import ConfigError
 
+SFT, GRPO = ("SFTConfig", "SFTTrainer"), ("GRPOConfig", "GRPOTrainer")
 UNSLOTH_CLASSES = ("FastVisionModel", "FastModel", "FastLanguageModel")
 CALLS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "SFTConfig": ("config", ("output_dir",)),
@@ -68,8 +69,10 @@ def read_python(path: Path, text: str) -> Found:
     blocks, unread = _notebook(path, text) if path.suffix == ".ipynb" else ([_script(path, text)], [])
     calls = [call for block in blocks for call in _calls(block)]
     names = {call.name for call in calls}
+    task: Task = "grpo" if next((call.name for call in calls if call.name in (*SFT, *GRPO)), "") in GRPO else "sft"
+    calls = [call for call in calls if not _is_other_task(call, task, unread)]
     other = next((name for name in OTHER_TRAINERS if _is_called(blocks, name)), None)
-    if not names & {"SFTTrainer", "GRPOTrainer", "SFTConfig", "GRPOConfig"}:
+    if not names & {*SFT, *GRPO}:
         found = f"trains with {other}" if other else "calls no SFTConfig, SFTTrainer, GRPOConfig or GRPOTrainer"
         raise ConfigError(
             f"{path}: {found}, so there is no fine-tuning and no GRPO to convert. "
@@ -86,7 +89,6 @@ def read_python(path: Path, text: str) -> Found:
     kept = [
         one for name, one in arguments.items() if name not in OBJECTS and not (tool == "unsloth" and name == "lora.")
     ]
-    task = "grpo" if names & {"GRPOTrainer", "GRPOConfig"} else "sft"
     return Found(tool, task, tuple(kept), tuple(unread), tuple(_remarks(blocks)))
 
 
@@ -169,6 +171,16 @@ def _loading(owner: str, method: str) -> tuple[str, str, tuple[str, ...]] | None
     if short.startswith("AutoModel") or short.endswith("ForConditionalGeneration"):
         return name, "load", ("pretrained_model_name_or_path",)
     return None
+
+
+def _is_other_task(call: _Call, task: Task, unread: list[Unread]) -> bool:
+    """Whether a call belongs to a second training of the other kind in the same file."""
+    other = SFT if task == "grpo" else GRPO
+    if call.name in other:
+        unread.append(
+            Unread(call.where, f"{call.name}: a second training, of another kind; convert it from a file of its own")
+        )
+    return call.name in other
 
 
 def _is_unsloth(call: _Call) -> bool:

@@ -105,13 +105,13 @@ def _setting(rule: Rule, answer: Any, written: Sequence[Argument]) -> Setting:
 
 def _say_setting(one: Unread, table: Table) -> Unread:
     paths = table.settings_of(one.name)
-    return Unread(one.where, f"{one.what}; set {' and '.join(paths[:2])}" if paths else one.what, one.name)
+    return Unread(one.where, f"{one.what}; set {paths[0]}" if paths else one.what, one.name)
 
 
 def _object(argument: Argument, table: Table) -> Unread:
     paths = table.settings_of(argument.name)
     what = f"{argument} = {argument.value.name} is no plain value"
-    return Unread(argument.where, f"{what}; set {' and '.join(paths[:2])}" if paths else what, argument.name)
+    return Unread(argument.where, f"{what}; set {paths[0]}" if paths else what, argument.name)
 
 
 def _is_wiring(name: str, table: Table) -> bool:

@@ -83,7 +83,7 @@ def _tree(converted: Converted) -> Iterator[str]:
     for setting in converted.settings:
         *sections, leaf = setting.path.split(".")
         if not has_data and not said_data and _is_after_data(setting):
-            yield from _fill_in(sections[:1] == ["data"])
+            yield from _fill_in()
             said_data, open_sections = True, ["data"] if sections[:1] == ["data"] else []
         shared = 0
         while shared < min(len(sections), len(open_sections)) and sections[shared] == open_sections[shared]:
@@ -97,17 +97,17 @@ def _tree(converted: Converted) -> Iterator[str]:
         open_sections = sections
         yield from _line(setting, leaf, "  " * len(sections))
     if not has_data and not said_data:
-        yield from _fill_in(False)
+        yield from _fill_in()
 
 
 def _is_after_data(setting: Setting) -> bool:
     return setting.path not in ("model", "task")
 
 
-def _fill_in(goes_on: bool) -> Iterator[str]:
+def _fill_in() -> Iterator[str]:
     """Where the data would stand, if the file named any."""
     yield ""
-    yield "data:" if goes_on else "# data:"
+    yield "data:"
     yield from [
         "  # train: rows.jsonl   <- fill in: a file, a folder or a data set name; docs/data.md shows the shapes"
     ]
