@@ -19,7 +19,7 @@ import typer
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.table import draw_ladder, fill_table, read_results  # noqa: E402
+from benchmarks.table import draw_example, draw_ladder, fill_table, read_results  # noqa: E402
 
 from lensmith.check.findings import CODES  # noqa: E402
 from lensmith.cli import app  # noqa: E402
@@ -213,6 +213,15 @@ def fit_table() -> str:
     return "\n".join([*lines, "", f"On {', '.join(fit['fitted_on']['cards'])}. {fit['note']}"])
 
 
+def example_tables() -> dict[Path, str]:
+    """README of each example -> its measured table."""
+    results = read_results()
+    return {
+        page: draw_example(results[f"example-{page.parent.name}"])
+        for page in sorted((REPOSITORY / "examples").glob("*/README.md"))
+    }
+
+
 def fill(page: Path, start: str, table: str, end: str) -> str:
     """The page with the table between its two marks brought up to date.
 
@@ -239,6 +248,7 @@ def pages() -> dict[Path, str]:
         docs / "evaluation.md": fill(docs / "evaluation.md", METRICS_START, metrics_table(), METRICS_END),
         docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),
+        **{page: fill_table(page.read_text(encoding="utf-8"), table) for page, table in example_tables().items()},
     }
 
 
