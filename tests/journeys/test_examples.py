@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,8 +94,6 @@ def test_commands_for_a_real_model_name_settings_that_hold_together(name, monkey
     ]
     assert len(commands) == 2
     for command in commands:
-        import shlex
-
         words = shlex.split(command.removeprefix("$ "))[3:]
         overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
         assert read_config(Path("run.yaml"), overrides).model == "Qwen/Qwen3-VL-8B-Instruct"

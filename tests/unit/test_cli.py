@@ -252,7 +252,7 @@ def test_generated_pages_are_current():
 
 
 def test_links_between_pages_lead_somewhere():
-    pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")]
+    pages = [page for glob in ("*.md", "docs/**/*.md", "examples/**/*.md") for page in REPOSITORY.glob(glob)]
     assert len(pages) >= 8
     for page in pages:
         for link in page.read_text().split("](")[1:]:

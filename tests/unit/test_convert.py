@@ -283,6 +283,16 @@ def test_of_two_trainings_the_first_is_converted_and_the_other_named(tmp_path):
     assert "a second training, of another kind" in converted.unread[0].what
 
 
+def test_it_is_said_where_questions_were_learned_as_well():
+    def told(script: str) -> bool:
+        return any("questions are learned there" in remark for remark in read_python(Path("a.py"), script).remarks)
+
+    assert told("SFTConfig(seed=1)")
+    assert not told("SFTConfig(seed=1, assistant_only_loss=True)")
+    assert not told("SFTConfig(seed=1)\ntrainer = train_on_responses_only(trainer)")
+    assert not told("GRPOConfig(seed=1)")
+
+
 def test_a_size_that_does_not_exist_is_said():
     answer = meaning.model_name("unsloth/Qwen3-VL-7B")
     assert answer.note == "There is no Qwen3-VL of 7B: name one of 2B, 4B, 8B, 32B."

@@ -37,6 +37,8 @@ OBJECTS = ("collator.model", "collator.processor", "responses.trainer", "lora.mo
 """Positional arguments that are objects of the script, not settings."""
 NAMED_BY_CALL = ("data", "data_eval", "processor", "split")
 """Arguments whose names alone would tell nothing: load_dataset(path)."""
+ANSWERS_ONLY = {"collator.train_on_responses_only", "config.assistant_only_loss", "config.completion_only_loss"}
+"""Arguments by which a script leaves questions out of the loss."""
 OTHER_TRAINERS = ("DPOTrainer", "KTOTrainer", "ORPOTrainer", "PPOTrainer", "RewardTrainer", "RLOOTrainer", "CPOTrainer")
 TEST_SPLITS = ("test", "val", "eval", "dev")
 RESHAPING = ("map", "filter", "select", "rename_column", "remove_columns")
@@ -89,7 +91,7 @@ def read_python(path: Path, text: str) -> Found:
     kept = [
         one for name, one in arguments.items() if name not in OBJECTS and not (tool == "unsloth" and name == "lora.")
     ]
-    return Found(tool, task, tuple(kept), tuple(unread), tuple(_remarks(blocks)))
+    return Found(tool, task, tuple(kept), tuple(unread), (*_remarks(blocks), *_learned(task, calls, arguments)))
 
 
 def _script(path: Path, text: str) -> Block:
@@ -248,6 +250,15 @@ def _spread(call: _Call, node: ast.expr, constants: Constants, unread: list[Unre
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _learned(task: Task, calls: Sequence[_Call], arguments: Mapping[str, Argument]) -> Iterator[str]:
+    """Unsloth's collator and TRL's, on `messages`, learn every text token by default."""
+    if task == "sft" and not ANSWERS_ONLY & set(arguments) and not any(call.prefix == "responses" for call in calls):
+        yield (
+            "Where rows have `messages`, questions are learned there along with answers unless the script says otherwise; "
+            "Lensmith learns answers only, so the two losses cannot be compared."
+        )
 
 
 def _remarks(blocks: Sequence[Block]) -> Iterator[str]:
