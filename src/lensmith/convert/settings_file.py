@@ -48,7 +48,7 @@ def read_settings_file(path: Path, text: str, tool: Tool | None = None) -> Found
     ]
     if tool == "llama-factory":
         stage = tree.get("stage", "sft")
-        if stage not in STAGES:
+        if str(stage) not in STAGES:
             raise ConfigError(
                 f"{path}: stage={stage}; of LLaMA-Factory's stages Lensmith has sft alone (and GRPO, task=grpo)."
             )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from lensmith.config.read import slips_through
 from lensmith.config.rules import contradictions, settings_without_effect
 from lensmith.config.schema import list_settings, read_value
 from lensmith.config.suggest import suggest_settings
@@ -64,6 +66,7 @@ def settle(found: Found, table: Table, source: str) -> Converted:
                 settings[rule.ours] = setting
     if found.task == "grpo":
         settings["task"] = Setting("task", "grpo", "")
+        _fill_groups(settings)
     kept, dropped = _consistent(settings)
     left = [*_left(given, table, kept, answers, unread), *partly, *dropped]
     remarks = [*found.remarks, *(told for path, told in table.unset.items() if path not in kept)]
@@ -79,7 +82,7 @@ def _answer(rule: Rule, given: Mapping[str, Argument]) -> Any:
     values = [given[name].value if name in given else default for name, default in rule.names.items()]
     try:
         return rule.translate(*values)
-    except (TypeError, ValueError, AttributeError, IndexError):
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError):
         # A value of another kind than the tool takes; which of them is for the reader to see.
         shown = ", ".join(_short(value) for value in values)
         return Without(f"{shown} is not what this is usually set to; set {rule.ours}.")
@@ -150,38 +153,61 @@ def _others(table: Table, name: str) -> str:
     return ", ".join(dict.fromkeys(table.settings_of(name)))
 
 
+def _fill_groups(settings: dict[str, Setting]) -> None:
+    """Where the file does not say how large a step is, ours has to hold whole groups of theirs."""
+    group, ours = settings.get("grpo.group"), RunConfig().optim.effective_samples
+    if "optim.effective_samples" not in settings and group and type(group.value) is int and group.value > 0:
+        whole = math.ceil(ours / group.value) * group.value
+        if whole != ours:
+            note = f"Lensmith's own {ours}, in whole groups."
+            settings["optim.effective_samples"] = Setting("optim.effective_samples", whole, "", note)
+
+
 def _consistent(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], list[Left]]:
     """Without values that a setting cannot take, and without those that have no effect or contradict beside the others."""
     kept, dropped = dict(settings), []
-
-    def drop(path: str, why: str) -> None:
-        setting = kept.pop(path)
-        # A default of theirs that means nothing here is nobody's concern.
-        if setting.names:
-            dropped.append(Left(setting.origin, setting.value, "", why))
-
     while True:
-        try:
-            config = RunConfig.model_validate(nested({path: setting.value for path, setting in kept.items()}))
-        except ValidationError as caught:
-            wrong = {".".join(str(part) for part in error["loc"]) for error in caught.errors()}
-            guilty = [path for path in kept if any(loc == path or loc.startswith(f"{path}.") for loc in wrong)]
-            allowed = {setting.path: setting.allowed for setting in list_settings()}
-            for path in guilty:
-                drop(path, f"{path} must be {allowed[path]}.")
-            assert guilty, "a value that no setting holds cannot be wrong"
-            continue
-        idle = settings_without_effect(config)
-        problems = {path: f"{path} {idle[path].why}" for path in kept if path in idle}
-        problems |= {
-            one.path: f"{one.path} is {kept[one.path].value}, {one.why}"
-            for one in contradictions(config)
-            if one.path in kept
-        }
+        problems = _wrong_values(kept) or _wrong_together(kept)
         if not problems:
             return kept, dropped
         for path, why in problems.items():
-            drop(path, why)
+            setting = kept.pop(path)
+            # A default of theirs that means nothing here is nobody's concern.
+            if setting.names:
+                dropped.append(Left(setting.origin, setting.value, "", why))
+
+
+def _wrong_values(settings: Mapping[str, Setting]) -> dict[str, str]:
+    """Path -> why, for values that are not of the kind that the setting takes; judged as read_config judges them."""
+    wrong: set[str] = set()
+    try:
+        RunConfig.model_validate(nested({path: setting.value for path, setting in settings.items()}))
+    except ValidationError as caught:
+        places = {".".join(str(part) for part in error["loc"]) for error in caught.errors()}
+        wrong = {path for path in settings if any(place == path or place.startswith(f"{path}.") for place in places)}
+        assert wrong, "a value that no setting holds cannot be wrong"
+    known = {setting.path: setting for setting in list_settings()}
+    wrong |= {path for path, setting in settings.items() if slips_through(known[path], setting.value)}
+    return {path: f"{path} must be {known[path].allowed}." for path in settings if path in wrong}
+
+
+def _wrong_together(settings: Mapping[str, Setting]) -> dict[str, str]:
+    """Path -> why, for settings without effect, and of those that contradict one that can be left out."""
+    config = RunConfig.model_validate(nested({path: setting.value for path, setting in settings.items()}))
+    idle = settings_without_effect(config)
+    problems = {path: f"{path} {idle[path].why}" for path in settings if path in idle}
+    for problem in contradictions(config):
+        guilty = next(
+            (
+                path
+                for path in (problem.path, *settings)
+                if path in settings and path in f"{problem.path} {problem.why}"
+            ),
+            None,
+        )
+        assert guilty, "defaults alone do not contradict"
+        problems[guilty] = f"{problem.path} is {read_value(config, problem.path)}, {problem.why}"
+    return problems
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
