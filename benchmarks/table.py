@@ -12,8 +12,15 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NEEDED = ("name", "what", "value", "unit", "gpu_or_cpu", "versions", "commit", "command", "date")
-ELSEWHERE = ("memory-grid", "memory-grid-h200", "memory-ladder", "decode-kernels")
-"""Results of many cases, shown in docs/memory.md and docs/plan.md instead."""
+ELSEWHERE = (
+    "memory-grid",
+    "memory-grid-h200",
+    "memory-ladder",
+    "decode-kernels",
+    "example-latex-ocr",
+    "example-visual-math-grpo",
+)
+"""Results of many cases, shown in docs/memory.md and docs/plan.md instead; and those that examples show themselves."""
 START, END = "<!-- measured -->", "<!-- /measured -->"
 HOLE = "not measured yet"
 
@@ -95,6 +102,25 @@ def draw_ladder(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def draw_example(result: dict[str, Any]) -> str:
+    """An example's README: the score before and after with intervals, and what it took."""
+    before, after = (
+        f"{score['accuracy']:.1%} ({score['low']:.1%} to {score['high']:.1%})"
+        for score in (result["before"], result["after"])
+    )
+    steps = " and ".join(f"{count:,}" for count in result["steps"])
+    return "\n".join(
+        [
+            "| Right answers | Before | After |",
+            "|---|--:|--:|",
+            f"| {result['after']['metric']}, {result['after']['n']} pictures | {before} | {after} |",
+            "",
+            f"{steps} steps in {result['train_s']:.0f} s, on {result['gpu_or_cpu'].replace('|', '/')}, {result['date']}: "
+            f"`{result['command']}`, [JSON](../../{result['file']}).",
+        ]
+    )
+
+
 def _base(case: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The earlier case that this one adds most closely to, or differs from in its last setting only."""
     below = [other for other in earlier if set(other["settings"]) < set(case["settings"])]
@@ -102,8 +128,8 @@ def _base(case: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any]
     return max(below, key=lambda other: len(other["settings"]), default=next(iter(beside), None))
 
 
-def fill_table(page: str) -> str:
-    """A page with the table between its two marks brought up to date.
+def fill_table(page: str, table: str | None = None) -> str:
+    """A page with the table between its two marks brought up to date; the README's own, unless another is given.
 
     Raises:
         ValueError: the page lacks one of the marks.
@@ -112,7 +138,8 @@ def fill_table(page: str) -> str:
     _, end, after = rest.partition(END)
     if not (start and end):
         raise ValueError(f"the page must hold {START} and {END} around the table")
-    return f"{before}{START}\n{draw_table(read_results())}\n{END}{after}"
+    table = draw_table(read_results()) if table is None else table
+    return f"{before}{START}\n{table}\n{END}{after}"
 
 
 def _row(what: str, result: dict[str, Any]) -> str:

@@ -21,13 +21,14 @@ import typer
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.table import draw_ladder, fill_table, read_results  # noqa: E402
+from benchmarks.table import draw_example, draw_ladder, fill_table, read_results  # noqa: E402
 from tools.guide_checked.page import PAGES, draw_page  # noqa: E402
 
 from lensmith.check.findings import CODES  # noqa: E402
 from lensmith.cli import app  # noqa: E402
 from lensmith.config.rules import CONTRADICTIONS, WITHOUT_EFFECT  # noqa: E402
 from lensmith.config.schema import describe_section, list_sections, list_settings  # noqa: E402
+from lensmith.convert.run import TABLES  # noqa: E402
 from lensmith.evals.metrics import METRICS  # noqa: E402
 from lensmith.recipe.keywords import Keyword  # noqa: E402
 from lensmith.recipe.names_model import (  # noqa: E402
@@ -59,6 +60,8 @@ REWARDS_START = "<!-- rewards: written by tools/write_docs.py from src/lensmith/
 REWARDS_END = "<!-- /rewards -->"
 METRICS_START = "<!-- metrics: written by tools/write_docs.py from src/lensmith/evals/metrics.py -->"
 METRICS_END = "<!-- /metrics -->"
+NAMES_START = "<!-- names: written by tools/write_docs.py from src/lensmith/convert -->"
+NAMES_END = "<!-- /names -->"
 FIT_START = "<!-- fit: written by tools/write_docs.py from src/lensmith/plan/coefficients.json -->"
 FIT_END = "<!-- /fit -->"
 RECIPE_START = "<!-- recipe: written by tools/write_docs.py from src/lensmith/recipe -->"
@@ -182,6 +185,47 @@ def _recipe_table(call: str, known: Mapping[str, Keyword], renamed: Mapping[str,
     return "\n".join(lines)
 
 
+CALLS = {"load": "from_pretrained", "lora": "LoRA", "config": "Config", "trainer": "Trainer", "quant": "BitsAndBytesConfig",
+         "processor": "AutoProcessor", "collator": "UnslothVisionDataCollator", "data": "load_dataset",
+         "data_eval": "load_dataset of a test split", "split": "train_test_split", "responses": "train_on_responses_only",
+         "env": "environment"}  # fmt: skip
+"""What a prefix in the tables stands for; LoRA is LoraConfig or get_peft_model, Config SFTConfig or GRPOConfig."""
+
+
+def names_tables() -> str:
+    """Every argument that `lensmith convert` knows, tool by tool: with a counterpart, and without."""
+    lines = []
+    for tool, table_of in TABLES.items():
+        tables = [table_of("sft"), table_of("grpo")]
+        lines += [f"### {tool}", "", f"Names and defaults: {tables[0].version}.", ""]
+        lines += ["| Theirs | Ours | Their default | Note |", "|---|---|---|---|"]
+        rules = {
+            (rule.ours, *rule.mains, rule.note): rule for table in tables for rule in table.rules if any(rule.mains)
+        }
+        for rule in rules.values():
+            names = [name for name in rule.mains if not name.endswith(".")]
+            defaults = [_written(rule.names[name]) for name in names] if rule.assume else []
+            cells = [
+                ", ".join(_named(name) for name in names) or "no LoRA",
+                f"`{rule.ours}`",
+                ", ".join(f"`{default}`" for default in defaults if default != "null"),
+                rule.note,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        without = {name: told for table in tables for name, told in table.without.items() if told.matters}
+        lines += ["", "| Without counterpart | Instead |", "|---|---|"]
+        lines += [f"| {_named(name)} | {told.why} |" for name, told in without.items()]
+        nothing = {name for table in tables for name, told in table.without.items() if not told.matters}
+        lines += ["", f"Need nothing: {', '.join(_named(name) for name in sorted(nothing))}.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _named(name: str) -> str:
+    """`config.seed` -> `seed` (Config)."""
+    prefix, dot, leaf = name.partition(".")
+    return f"`{leaf}` ({CALLS[prefix]})" if dot else f"`{name}`"
+
+
 def _told(function: Callable[..., float], parts: Sequence[str]) -> list[str]:
     """What the docstring says on its first line, and after each of `parts`, which stand in this order.
 
@@ -224,6 +268,15 @@ def fit_table() -> str:
     return "\n".join([*lines, "", f"On {', '.join(fit['fitted_on']['cards'])}. {fit['note']}"])
 
 
+def example_tables() -> dict[Path, str]:
+    """README of each example -> its measured table."""
+    results = read_results()
+    return {
+        page: draw_example(results[f"example-{page.parent.name}"])
+        for page in sorted((REPOSITORY / "examples").glob("*/README.md"))
+    }
+
+
 def fill(page: Path, start: str, table: str, end: str) -> str:
     """The page with the table between its two marks brought up to date.
 
@@ -244,6 +297,7 @@ def pages() -> dict[Path, str]:
         REPOSITORY / "docs" / "cli.md": cli_page(),
         REPOSITORY / "docs" / "config.md": config_page(),
         docs / "check.md": fill(docs / "check.md", CODES_START, codes_table(), CODES_END),
+        docs / "convert.md": fill(docs / "convert.md", NAMES_START, names_tables(), NAMES_END),
         docs / "plan.md": fill(docs / "plan.md", FIT_START, fit_table(), FIT_END),
         docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
         docs / "evaluation.md": fill(docs / "evaluation.md", METRICS_START, metrics_table(), METRICS_END),
@@ -251,6 +305,7 @@ def pages() -> dict[Path, str]:
         docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),
         readme: fill_table(readme.read_text(encoding="utf-8")),
         **{docs / name: draw_page(language) for language, name in PAGES.items()},
+        **{page: fill_table(page.read_text(encoding="utf-8"), table) for page, table in example_tables().items()},
     }
 
 

@@ -27,7 +27,7 @@ HELP_BOUND_S = 1.0
 """Meant are 0.3 s on a quiet machine; CI machines are not quiet. Loading torch alone takes longer than this."""
 HEAVY = ("torch", "transformers", "trl", "peft", "numpy", "datasets")
 VERBS = {
-    "demo", "init", "check", "plan", "train", "eval", "ask", "serve", "config", "show", "env", "export", "verify",
+    "demo", "init", "check", "plan", "train", "eval", "ask", "serve", "config", "show", "env", "export", "verify", "convert",
 }  # fmt: skip
 PUBLIC = [
     "Dataset",
@@ -261,7 +261,7 @@ def test_generated_pages_are_current():
 
 
 def test_links_between_pages_lead_somewhere():
-    pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")]
+    pages = [page for glob in ("*.md", "docs/**/*.md", "examples/**/*.md") for page in REPOSITORY.glob(glob)]
     assert len(pages) >= 8
     for page in pages:
         for link in page.read_text().split("](")[1:]:

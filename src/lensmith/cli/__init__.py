@@ -4,7 +4,7 @@
 from lensmith.cli.app import DONE, USER_ERROR, app, main
 
 # In the order of `lensmith --help`, which is that of the walk.
-from lensmith.cli import start, train, serve, verify, export, look  # noqa: F401
+from lensmith.cli import start, train, serve, verify, export, convert, look  # noqa: F401
 
 # isort: on
 

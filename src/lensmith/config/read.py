@@ -149,7 +149,7 @@ def _find_problems(tree: dict[str, Any], places: Mapping[Key, str], name: str) -
             wrong.setdefault(key, error["type"])
     for path, value in _dotted(tree).items():
         setting = settings.get(path)
-        if setting and _slips_through(setting, value):
+        if setting and slips_through(setting, value):
             wrong[_key(path)] = "slipped"
     written = {key: rank for rank, key in enumerate(places)}
     for key, kind in sorted(wrong.items(), key=lambda item: written.get(item[0], len(written))):
@@ -158,7 +158,7 @@ def _find_problems(tree: dict[str, Any], places: Mapping[Key, str], name: str) -
         yield f"{_place(key, places, name)}: {_explain(tree, key, kind, settings)}"
 
 
-def _slips_through(setting: Setting, value: Any) -> bool:
+def slips_through(setting: Setting, value: Any) -> bool:
     """What pydantic would take and nobody means: true for the number 1, and numbers that are not finite."""
     if isinstance(value, bool):
         return not setting.admits(bool)
