@@ -23,8 +23,9 @@ from tests.journeys.test_page_in_browser import BROWSER
 
 from lensmith import cli
 from lensmith.config.read import read_config
+from lensmith.data.encode import Encoder
 from lensmith.errors import ConfigError, ModelError
-from lensmith.evals.predict import ask_model
+from lensmith.evals.predict import ASK_TOKENS, answer_samples
 from lensmith.model.adapters import load_tuned
 from lensmith.model.load import load_model
 from lensmith.serve import generate
@@ -34,7 +35,7 @@ from lensmith.serve.generate import Sampling
 from lensmith.serve.schema import MAX_NEW_TOKENS
 from lensmith.serve.start import LOOPBACK_NAMES, bind_address
 from lensmith.serve.subject import open_subject
-from lensmith.types import Message, Sample, Text
+from lensmith.types import ImageMark, ImageRef, Message, Sample, Text
 
 COLOURS = {"red": "square", "green": "circle", "blue": "triangle", "teal": "square"}
 """Pictures, and what is learned to be said of them: words that the embedded model knows and would not say of its own."""
@@ -124,18 +125,19 @@ def refusal(answered, status):
 
 @pytest.fixture(scope="module")
 def at_home(place):
-    """What ask_model says about a picture, before and after training, with weights loaded apart from the server's."""
+    """What an evaluation answers about each picture, before and after training, with weights loaded apart from the server's."""
     config = read_config(place / "lora" / "config.yaml")
     loaded = load_model(config)
-    base = [
-        ask_model(loaded.model, loaded.processor, place / f"{c}.png", QUESTION, budget=config.data.image)
-        for c in COLOURS
-    ]
-    tuned_model = load_tuned(loaded.model, place / "lora")
-    tuned = [
-        ask_model(tuned_model, loaded.processor, place / f"{c}.png", QUESTION, budget=config.data.image)
-        for c in COLOURS
-    ]
+    encoder = Encoder.from_processor(loaded.processor, config.data.image)
+    refs = [ImageRef(place / f"{colour}.png", key=colour) for colour in COLOURS]
+    samples = [Sample(ref.key, (Message("user", (ImageMark(0), Text(QUESTION))),), (ref,)) for ref in refs]
+
+    def ask(model):
+        answers = answer_samples(model, encoder, loaded.processor, samples, max_new_tokens=ASK_TOKENS, batch=1)
+        return [answer.answer.strip() for answer in answers]
+
+    base = ask(loaded.model)
+    tuned = ask(load_tuned(loaded.model, place / "lora"))
     return {"base": base, "tuned": tuned}
 
 

@@ -10,8 +10,6 @@ from lensmith.errors import DataError
 from lensmith.evals.mean_ap import AveragePrecision
 from lensmith.evals.score import compare_answers, score_answers
 
-pytest.importorskip("pycocotools", reason="issue 6: comes with the extra `map`")
-
 
 def box(corners, label="cat", confidence=None):
     told = "" if confidence is None else f', "confidence": {confidence}'

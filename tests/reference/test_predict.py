@@ -15,7 +15,6 @@ from lensmith.evals.predict import (
     MEDIA_TOKENS,
     Prediction,
     answer_samples,
-    ask_model,
     compare_results,
     draw_samples,
     evaluate_model,
@@ -291,13 +290,17 @@ def test_a_question_without_answer_is_named(model, encoder, processor, samples):
         evaluate_model(model, encoder, processor, [samples[0], bare], Eval())
 
 
-def test_asking_reads_the_picture(model, processor, pictures, tmp_path):
-    answers = [ask_model(model, processor, ref.source, "what?", max_new_tokens=NEW_TOKENS) for ref in pictures]
+def test_asking_reads_the_picture(model, encoder, processor, pictures, tmp_path):
+    def ask(source):
+        marked = Message("user", (ImageMark(0), Text("what?")))
+        sample = Sample("the question", (marked,), (ImageRef(source, key=str(source)),))
+        return answer(model, encoder, processor, [sample])[0].answer
+
+    answers = [ask(ref.source) for ref in pictures]
     assert len(set(answers)) > 1
-    content = pictures[0].source.read_bytes()
-    assert ask_model(model, processor, content, "what?", max_new_tokens=NEW_TOKENS) == answers[0]
+    assert ask(pictures[0].source.read_bytes()) == answers[0]
     with pytest.raises(RowError, match=r"the question: .*gone\.png: there is no such file"):
-        ask_model(model, processor, tmp_path / "gone.png", "what?")
+        ask(tmp_path / "gone.png")
 
 
 def test_samples_are_drawn_by_the_seed_in_their_own_order():

@@ -19,8 +19,6 @@ from lensmith.model.adapters import prepare_trainable, save_tuned
 from lensmith.model.load import load_model
 from lensmith.rundir import RunDir
 
-gguf = pytest.importorskip("gguf")
-
 CONVERTER = """
 import argparse
 import json

@@ -35,6 +35,12 @@ def evaluated(metric="normalised", **more):
     return Evaluated(before, after, None, ("source_name",), **more)
 
 
+def written(found, samples):
+    """The page as text."""
+    write_report(found, samples, title="runs/x: what it answers")
+    return found.page.read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def samples(tmp_path):
     """What was asked: a picture each, but the last has none and the first one's has gone."""
@@ -47,7 +53,7 @@ def samples(tmp_path):
 
 
 def test_the_table_has_the_same_groups_before_and_after():
-    groups = evaluated().breakdown()
+    groups = evaluated().breakdown
     assert list(groups) == ["answer_type", "source_name"]
     assert [(line.name, line.after.n) for line in groups["source_name"]] == [("scan", 12), ("web", 8)]
     assert [line.before.value for line in groups["source_name"]] == [pytest.approx(1 / 3), 0.5]
@@ -63,8 +69,7 @@ def test_a_column_that_no_row_has_is_named():
 
 
 def test_the_page_shows_gains_and_losses_and_what_is_still_wrong(tmp_path, samples):
-    told = write_report(evaluated(), samples, tmp_path / "eval.html", title="runs/x: what it answers")
-    page = told.page.read_text(encoding="utf-8")
+    page = written(evaluated(page=tmp_path / "eval.html"), samples)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == ["Before and after", "Gained", "Lost", "Still wrong", "Right"]
     assert "8, better than before" in page
@@ -79,15 +84,15 @@ def test_the_page_shows_gains_and_losses_and_what_is_still_wrong(tmp_path, sampl
 
 
 def test_of_an_error_rate_less_is_a_gain(tmp_path, samples):
-    page = write_report(evaluated("cer"), samples, tmp_path / "eval.html", title="x").page.read_text(encoding="utf-8")
+    page = written(evaluated("cer", page=tmp_path / "eval.html"), samples)
     gained = page[page.index("<h2>Gained</h2>") : page.index("<h2>Lost</h2>")]
     assert gained.count('<li class="card">') == 8
     assert "partly" in page
 
 
 def test_one_model_alone_has_a_score_and_no_before(tmp_path, samples):
-    alone = Evaluated(None, evaluated().after, None)
-    page = write_report(alone, samples, tmp_path / "eval.html", title="x").page.read_text(encoding="utf-8")
+    alone = Evaluated(None, evaluated().after, None, page=tmp_path / "eval.html")
+    page = written(alone, samples)
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Score", "Wrong", "Right"]
     assert "<dt>before</dt>" not in page
     assert alone.to_json()["before"] is None

@@ -74,8 +74,8 @@ def test_an_error_rate_that_falls_is_a_win():
     assert (compared.wins, compared.losses) == (1, 1)
     assert compared.difference == pytest.approx((-1 / 2 + 1 / 3) / 2)
     assert "by cer, of which less is better" in compared.sentence
-    assert after.score.is_better_than(before.score)
-    assert not before.score.is_better_than(after.score)
+    assert after.score.is_better_than(before.score.value)
+    assert not before.score.is_better_than(after.score.value)
     assert str(after.score).endswith("n=2, lower is better)")
 
 

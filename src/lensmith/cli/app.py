@@ -133,12 +133,3 @@ def read_settings(source: str, overrides: Sequence[str]) -> RunConfig:
     if "=" in source and not path.exists():
         return read_config(None, [source, *overrides])
     return read_config(None, overrides, data=source)
-
-
-def say(text: Any) -> None:
-    """For the person: stderr, once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    from rich.console import Console
-
-    Console(file=sys.stderr).print(text, markup=False, highlight=False, soft_wrap=True)

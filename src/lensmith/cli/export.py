@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lensmith.cli.app import Json, app, say
+from lensmith.cli.app import Json, app
+from lensmith.console import say
 
 
 @app.command(

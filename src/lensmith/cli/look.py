@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lensmith.cli.app import Json, Overrides, app, read_settings, say
+from lensmith.cli.app import Json, Overrides, app, read_settings
+from lensmith.console import say
 
 if TYPE_CHECKING:
     pass

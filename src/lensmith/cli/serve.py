@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lensmith.cli.app import Json, Subject, app, say
+from lensmith.cli.app import Json, Subject, app
+from lensmith.console import say
 
 
 @app.command(

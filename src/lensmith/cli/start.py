@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lensmith.cli.app import Found, Json, Overrides, app, read_settings, say
+from lensmith.cli.app import Found, Json, Overrides, app, read_settings
+from lensmith.console import say
 from lensmith.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lensmith.cli.app import Found, Json, app, say
+from lensmith.cli.app import Found, Json, app
+from lensmith.console import say
 
 
 @app.command(epilog="Examples: lensmith verify runs/sft; lensmith verify runs/sft --merged runs/sft/export/merged")

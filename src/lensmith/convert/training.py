@@ -57,7 +57,7 @@ ADVICE: Mapping[str, Without] = {
     "run_name": Without("The run folder is the name: run.", matters=False),
     "load_best_model_at_end": Without("With eval.every_steps the best checkpoint is kept and named."),
     "metric_for_best_model": Without("The best checkpoint is the one with the best eval.metric."),
-    "greater_is_better": Without("Every eval.metric is better when larger.", matters=False),
+    "greater_is_better": Without("Each eval.metric knows which way is better.", matters=False),
     "save_only_model": Without("A checkpoint always holds what going on needs."),
     "save_safetensors": Without("Weights are always safetensors.", matters=False),
     "overwrite_output_dir": Without("An existing run folder is resumed, never overwritten."),
@@ -109,7 +109,6 @@ GRPO_ADVICE: Mapping[str, Without] = {
     "importance_sampling_correction": Without("Rollout and training share their weights.", matters=False),
 }  # fmt: skip
 
-RATE_NOTE = "Adapters have one rate; parts that are tuned besides have optim.vision_learning_rate and its sister."
 SAMPLES_NOTE = "Samples per optimizer step, all GPUs together; how many share a forward pass follows from pack.tokens."
 COMPLETIONS_NOTE = "Completions per optimizer step, all GPUs together."
 TOWER_RATE_NOTE = "There the tower learns at the common rate; left open, ours would be a tenth of it."

@@ -55,13 +55,8 @@ def break_down(result: EvalResult, by: str, *, most: int = MOST_GROUPS, least: i
     Raises:
         DataError: no row has such a column.
     """
+    check_grouping(by, [prediction.columns for prediction in result.predictions])
     groups = [group_of(prediction, by) for prediction in result.predictions]
-    if by not in GROUPINGS and not any(by in prediction.columns for prediction in result.predictions):
-        known = [*GROUPINGS, *dict.fromkeys(name for one in result.predictions for name in one.columns)]
-        raise DataError(
-            f"breakdown by {by!r}: none of {len(groups):,} rows has such a column; there are {', '.join(known)}. "
-            f"{suggest_choice(by, known)}".strip()
-        )
     counts = Counter(groups).most_common()
     kept = [name for name, count in counts if count >= least][:most]
     rest = [name for name, _ in counts if name not in kept]
@@ -70,6 +65,17 @@ def break_down(result: EvalResult, by: str, *, most: int = MOST_GROUPS, least: i
     for number, name in enumerate(groups):
         chosen[name if name in chosen else OTHER].append(number)
     return [Group(name, result.score_of(rows), tuple(rows)) for name, rows in chosen.items() if rows]
+
+
+def check_grouping(by: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError where `by` is no grouping, and none of the rows, given as their columns, has a column of that name."""
+    if by in GROUPINGS or any(by in columns for columns in rows):
+        return
+    known = [*GROUPINGS, *dict.fromkeys(name for columns in rows for name in columns)]
+    raise DataError(
+        f"breakdown by {by!r}: none of {len(rows):,} rows has such a column; there are {', '.join(known)}. "
+        f"{suggest_choice(by, known)}".strip()
+    )
 
 
 def group_of(prediction: Prediction, by: str) -> str:

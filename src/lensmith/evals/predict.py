@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lensmith.config.tree import Eval, Images
+from lensmith.config.tree import Eval
 from lensmith.data.boxes import restore_answer
 from lensmith.data.encode import Encoder
 from lensmith.data.images import grid_of, read_patches
@@ -34,8 +34,8 @@ from lensmith.evals.results import (
     score_predictions,
     write_predictions,
 )
-from lensmith.model.engine import find_engine
-from lensmith.types import Encoded, ImageMark, ImageRef, ImageSize, Message, Moment, Sample, Text, VisionGeometry
+from lensmith.model.engine import evaluating, find_engine
+from lensmith.types import Encoded, ImageRef, ImageSize, Moment, Sample, VisionGeometry
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -46,7 +46,6 @@ __all__ = [
     "Prediction",
     "answer_samples",
     "answering",
-    "ask_model",
     "compare_results",
     "draw_samples",
     "evaluate_model",
@@ -63,7 +62,7 @@ Progress = Callable[[int, int], None]
 MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for pictures and their frame: an answer never contains them."""
 ASK_TOKENS = 512
-"""Longest answer of `ask_model`."""
+"""Longest answer of `lensmith ask` and of a served model, unless another is asked for."""
 
 
 def evaluate_model(
@@ -193,42 +192,13 @@ def answer_probe(
     return tuple(prediction.answer for prediction in answered)
 
 
-def ask_model(
-    model: Any,
-    processor: Any,
-    image: Path | bytes | None,
-    question: str,
-    *,
-    budget: Images | None = None,
-    max_new_tokens: int = ASK_TOKENS,
-) -> str:
-    """One answer to one question about one picture (a file or its bytes), or about none.
-
-    Args:
-        budget: tokens that the picture may cost; None for the defaults of data.image.
-
-    Raises:
-        DataError: the picture cannot be read.
-    """
-    refs = () if image is None else (ImageRef(image, key=str(image) if isinstance(image, Path) else "asked"),)
-    parts = (*(ImageMark(index) for index in range(len(refs))), Text(question))
-    sample = Sample("the question", (Message("user", parts),), refs)
-    encoder = Encoder.from_processor(processor, budget or Images())
-    return answer_samples(model, encoder, processor, [sample], max_new_tokens=max_new_tokens, batch=1)[0].answer.strip()
-
-
 @contextmanager
 def answering(model: Any) -> Iterator[None]:
     """Inference mode with every module in eval mode; afterwards each is in the mode it was in."""
-    # Not model.train() at the end: a frozen tower may have been in eval mode while the rest trained.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             yield
     finally:
-        for module in training:
-            module.training = True
         # generate() leaves the last batch's offsets on the model; a later forward of another batch must not find them.
         for module in model.modules():
             if "rope_deltas" in vars(module):

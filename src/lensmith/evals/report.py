@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,9 @@ SHOWN = 24
 """Examples under each heading of the page."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Evaluated:
-    """One model, or one run before and after, on one list of questions."""
+    """One model, or one run before and after, on one list of questions. What is resampled for it is resampled once."""
 
     before: EvalResult | None
     """None for a model that is not a run."""
@@ -40,8 +41,9 @@ class Evaluated:
     """Columns to break the score down by, besides what tells these questions apart."""
     probe: ProbeResult | None = None
     page: Path | None = None
+    """Where `write_report` puts it; None for no page."""
 
-    @property
+    @cached_property
     def comparison(self) -> Comparison | None:
         return None if self.before is None else compare_results(self.before, self.after)
 
@@ -61,6 +63,7 @@ class Evaluated:
             *told,
         ]
 
+    @cached_property
     def breakdown(self) -> dict[str, list[Line]]:
         """Scores of groups of questions, by grouping or column; the same groups before and after.
 
@@ -80,7 +83,7 @@ class Evaluated:
         """The breakdown; None where nothing tells the questions apart."""
         from rich.table import Column, Table
 
-        found = self.breakdown()
+        found = self.breakdown
         if not found:
             return None
         scores = ["score"] if self.before is None else ["before", "after"]
@@ -99,19 +102,20 @@ class Evaluated:
             "before": None if self.before is None else _score_json(self.before),
             "after": _score_json(self.after),
             "comparison": None if (compared := self.comparison) is None else asdict(compared),
-            "breakdown": {by: [_line_json(line) for line in lines] for by, lines in self.breakdown().items()},
+            "breakdown": {by: [_line_json(line) for line in lines] for by, lines in self.breakdown.items()},
             "probe": None if self.probe is None else self.probe.to_json(),
             "predictions": None if self.predictions is None else str(self.predictions),
             "page": None if self.page is None else str(self.page),
         }
 
 
-def write_report(evaluated: Evaluated, samples: Sequence[Sample], path: Path, *, title: str) -> Evaluated:
-    """The page with the largest gains and losses, side by side; returns what was evaluated, with the page in it.
+def write_report(evaluated: Evaluated, samples: Sequence[Sample], *, title: str) -> None:
+    """Write `evaluated.page`: the largest gains and losses, side by side.
 
     Args:
         samples: what was asked, in the order of the predictions.
     """
+    assert evaluated.page is not None, "a page has a place"
     after, probe = evaluated.after, evaluated.probe
     page = render_page(
         title=title,
@@ -121,7 +125,7 @@ def write_report(evaluated: Evaluated, samples: Sequence[Sample], path: Path, *,
             Line("all questions", None if evaluated.before is None else evaluated.before.score, after.score),
             *(
                 replace(line, name=f"{by.replace('_', ' ')}: {line.name}")
-                for by, lines in evaluated.breakdown().items()
+                for by, lines in evaluated.breakdown.items()
                 for line in lines
             ),
         ],
@@ -130,8 +134,7 @@ def write_report(evaluated: Evaluated, samples: Sequence[Sample], path: Path, *,
         galleries=list(_galleries(evaluated, samples)),
         footer=f"lensmith {version('lensmith')}. All answers: predictions-*.jsonl beside this page.",
     )
-    path.write_text(page, encoding="utf-8")
-    return replace(evaluated, page=path)
+    evaluated.page.write_text(page, encoding="utf-8")
 
 
 def _facts(evaluated: Evaluated) -> Iterator[tuple[str, str]]:

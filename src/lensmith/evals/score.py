@@ -79,9 +79,9 @@ class Score:
         told = ", lower is better" if self.lower_is_better else ""
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%}, n={self.n:,}{told})"
 
-    def is_better_than(self, other: Score) -> bool:
-        """Whether the value is the better one, whichever direction that is; equal ones are not."""
-        return self.value < other.value if self.lower_is_better else self.value > other.value
+    def is_better_than(self, value: float) -> bool:
+        """Whether this one is better than another value of the same metric, whichever direction that is; equal ones are not."""
+        return self.value < value if self.lower_is_better else self.value > value
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from lensmith.console import say
 from lensmith.errors import ConfigError, RunError
 from lensmith.export.run import Asked, export_run
 from lensmith.model.adapters import save_tuned
 from lensmith.recipe.keywords import Keyword, idle, read_keywords, refused
 from lensmith.recipe.session import session_of
-from lensmith.recipe.speech import say
 
 _SHARED: dict[str, Keyword] = {
     "tokenizer": Keyword(None, "the processor is always saved beside the model, with the image limits of training"),

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from lensmith.train.ranks import rank
+from lensmith.console import say
 
 _said: set[str] = set()
 
 
 class RenamedWarning(UserWarning):
     """A keyword has another name by now; it was understood."""
-
-
-def say(sentence: Any) -> None:
-    """For the person, once, whatever the number of processes."""
-    if rank() != 0:
-        return
-    from rich.console import Console
-
-    Console(file=sys.stderr).print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_once(sentence: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from transformers.trainer_utils import TrainOutput
 
 from lensmith.config.tree import RunConfig
+from lensmith.console import say
 from lensmith.errors import ConfigError, DataError, RunError
 from lensmith.model.adapters import save_tuned
 from lensmith.recipe.arguments import Arguments, GRPOConfig, SFTConfig, training_settings
@@ -21,7 +22,7 @@ from lensmith.recipe.model import prepared_model
 from lensmith.recipe.names_training import GRPO_TRAINER, SFT_TRAINER, TRAINER_RENAMED
 from lensmith.recipe.rows import keep_rows
 from lensmith.recipe.session import Settings, Wanted, only, session_of, to_config
-from lensmith.recipe.speech import quiet_libraries, say, say_once, warn_renamed
+from lensmith.recipe.speech import quiet_libraries, say_once, warn_renamed
 from lensmith.rundir import RunDir
 from lensmith.train.evaluate import Compared, train_and_compare
 from lensmith.train.prepare import Given

@@ -93,10 +93,9 @@ def train_and_compare(
         progress=train_progress,
         during=lambda model, step: _told(say, step, ask(model, f"step-{step:06d}").score),
     )
-    evaluated = Evaluated(before, ask(trained.model, "after", eval_progress), run.predictions_path("after"))
-    evaluated = write_report(
-        evaluated, samples, run.eval_page_path, title=f"{run.path.name}: before and after training"
-    )
+    after = ask(trained.model, "after", eval_progress)
+    evaluated = Evaluated(before, after, run.predictions_path("after"), page=run.eval_page_path)
+    write_report(evaluated, samples, title=f"{run.path.name}: before and after training")
     for sentence in (*evaluated.sentences(), *_better_before(run, evaluated.after.score)):
         say(sentence)
     say(f"Gains and losses with their pictures: {evaluated.page}")

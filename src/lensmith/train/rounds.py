@@ -35,10 +35,10 @@ class BestScore:
     lower_is_better: bool
 
     def is_beaten_by(self, score: Score) -> bool:
-        return score.value < self.score if self.lower_is_better else score.value > self.score
+        return score.is_better_than(self.score)
 
     def beats(self, score: Score) -> bool:
-        return score.value > self.score if self.lower_is_better else score.value < self.score
+        return score.value != self.score and not score.is_better_than(self.score)
 
 
 class Rounds(TrainerCallback):

@@ -116,7 +116,7 @@ def take_steps(prepared: Prepared, trainer: Any, stop: StopOnInterrupt, rounds: 
     """
     run, total = prepared.run, len(prepared.plan.steps)
     start = time.perf_counter()
-    with naming_full_disk(run.path):
+    with naming_full_disk(run.path), collecting_afterwards():
         if prepared.steps_done >= total:
             say(f"All {total} steps are done already.")
             trainer._load_from_checkpoint(str(prepared.checkpoint))
@@ -126,7 +126,7 @@ def take_steps(prepared: Prepared, trainer: Any, stop: StopOnInterrupt, rounds: 
                 f"This run ended after step {prepared.steps_done} already: no round of questions was better (eval.patience)."
             )
         else:
-            with interruptible(stop, say), collecting_afterwards():
+            with interruptible(stop, say):
                 trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         train_s = time.perf_counter() - start - rounds.spent_s
         if stop.asked and rounds.ended_at is None and trainer.state.global_step < total:

@@ -13,6 +13,7 @@ import torch
 from lensmith.config.tree import Data, RunConfig
 from lensmith.data.encode import Encoder
 from lensmith.errors import DataError, RunError
+from lensmith.evals.breakdown import check_grouping
 from lensmith.evals.endpoint import Endpoint, answer_through_endpoint
 from lensmith.evals.predict import Progress, answer_probe, check_answers, evaluate_model
 from lensmith.evals.probe import ProbeResult, probe_questions
@@ -20,7 +21,7 @@ from lensmith.evals.report import Evaluated, write_report
 from lensmith.evals.results import EvalResult, score_predictions, write_predictions
 from lensmith.model.adapters import find_tuned, load_tuned
 from lensmith.model.load import choose_device, load_model, load_processor
-from lensmith.rundir import find_run
+from lensmith.rundir import RunDir, find_run
 from lensmith.train.evaluate import check_metric, drawn_samples, eval_settings
 from lensmith.train.prepare import Say, scan_one, scan_rows
 from lensmith.types import Sample
@@ -36,7 +37,17 @@ class Show:
     """Whether base and tuned are asked the general questions of `lensmith.evals.probe`."""
     html: bool = True
     page: Path | None = None
-    """None for eval.html in the run folder; a model that is no run has no page unless one is named."""
+    """None for one in the run folder; a model that is no run has no page unless one is named."""
+
+    def page_for(self, run: RunDir, name: str) -> Path | None:
+        """Where the page of an evaluation of that name goes; None for none."""
+        own = run.eval_page_path.with_stem(name) if run.exists else None
+        return (self.page or own) if self.html else None
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Before anything is asked. Raises DataError for a column that no row has."""
+        for by in self.by:
+            check_grouping(by, [sample.columns for sample in samples])
 
 
 def evaluate_subject(
@@ -57,6 +68,7 @@ def evaluate_subject(
         say(sentence)
     encoder = Encoder.from_processor(loaded.processor, config.data.image, config.data.video)
     samples = _held_out_samples(config, encoder, loaded.device, say)
+    show.check(samples)
     suffix = f"-{Path(data).stem}" if data else ""
     questions = probe_questions() if show.probe and run.exists else ()
 
@@ -65,16 +77,16 @@ def evaluate_subject(
         scored = evaluate_model(model, encoder, loaded.processor, samples, settings, keep=keep, progress=progress)
         return scored, answer_probe(model, encoder, loaded.processor, questions, batch=settings.batch)
 
+    page = show.page_for(run, f"eval{suffix}")
     if not run.exists:
-        evaluated = Evaluated(None, ask(loaded.model, "")[0], None, show.by)
+        evaluated = Evaluated(None, ask(loaded.model, "")[0], None, show.by, page=page)
     else:
         before, remembered = ask(loaded.model, "before")
         name = "after" if tuned == run.path else tuned.name
         after, left = ask(load_tuned(loaded.model, find_tuned(tuned)), name)
         probe = ProbeResult(questions, remembered, left) if questions else None
-        evaluated = Evaluated(before, after, run.predictions_path(f"{name}{suffix}"), show.by, probe)
-    page = run.eval_page_path.with_stem(f"eval{suffix}") if run.exists else None
-    return _told(evaluated, samples, show.page or page if show.html else None, subject, say)
+        evaluated = Evaluated(before, after, run.predictions_path(f"{name}{suffix}"), show.by, probe, page)
+    return _told(evaluated, samples, subject, say)
 
 
 def evaluate_endpoint(
@@ -98,6 +110,7 @@ def evaluate_endpoint(
     check_metric(config)
     encoder = Encoder.from_processor(load_processor(config.model), config.data.image, config.data.video)
     samples = _held_out_samples(config, encoder, choose_device(), say)
+    show.check(samples)
     check_answers(samples)
     tokens = config.eval.max_new_tokens
     started = time.perf_counter()
@@ -106,27 +119,21 @@ def evaluate_endpoint(
     if keep is not None:
         write_predictions(predictions, keep)
     scored = score_predictions(predictions, eval_settings(config), eval_s=time.perf_counter() - started)
-    page = run.eval_page_path.with_stem("eval-endpoint") if run.exists else None
-    return _told(
-        Evaluated(None, scored, keep, show.by), samples, show.page or page if show.html else None, subject, say
-    )
+    evaluated = Evaluated(None, scored, keep, show.by, page=show.page_for(run, "eval-endpoint"))
+    return _told(evaluated, samples, subject, say)
 
 
-def _told(evaluated: Evaluated, samples: Sequence[Sample], page: Path | None, subject: str, say: Say) -> Evaluated:
+def _told(evaluated: Evaluated, samples: Sequence[Sample], subject: str, say: Say) -> Evaluated:
     """Everything said, and the page written where one is wanted."""
     for sentence in evaluated.sentences():
         say(sentence)
     if (table := evaluated.table()) is not None:
         say("")
         say(table)
-    if page is None:
-        return evaluated
-    evaluated = write_report(evaluated, samples, page, title=f"{subject}: what it answers")
-    say(
-        f"\nGains and losses with their pictures: {page}"
-        if evaluated.before
-        else f"\nAnswers with their pictures: {page}"
-    )
+    if evaluated.page is not None:
+        write_report(evaluated, samples, title=f"{subject}: what it answers")
+        what = "Gains and losses" if evaluated.before else "Answers"
+        say(f"\n{what} with their pictures: {evaluated.page}")
     return evaluated
 
 
