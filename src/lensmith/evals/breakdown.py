@@ -71,7 +71,7 @@ def check_grouping(by: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise DataError where `by` is no grouping, and none of the rows, given as their columns, has a column of that name."""
     if by in GROUPINGS or any(by in columns for columns in rows):
         return
-    known = [*GROUPINGS, *dict.fromkeys(name for columns in rows for name in columns)]
+    known = list(dict.fromkeys((*GROUPINGS, *(name for columns in rows for name in columns))))
     raise DataError(
         f"breakdown by {by!r}: none of {len(rows):,} rows has such a column; there are {', '.join(known)}. "
         f"{suggest_choice(by, known)}".strip()
