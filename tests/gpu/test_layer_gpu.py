@@ -60,12 +60,27 @@ def run(tuned: Any, pack: Pack) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logprobs.detach(), gradients(tuned)
 
 
+DRAWS = 6
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_one_step_is_as_close_to_fp32_as_step_by_step(wide_config, samples, recompute, shared):  # noqa: F811
+    """Over several draws of weights: the log-probability errors of one, of sixty words, differ by a third by chance."""
+    draws = [errors_of_both(wide_config, samples, recompute, shared, seed) for seed in range(DRAWS)]
+    for which, name in enumerate(("gradient error", "log-probability rms")):
+        step, one = (sum(errors[fused][which] ** 2 for errors in draws) ** 0.5 for fused in (False, True))
+        each = " ".join(f"{errors[True][which] / errors[False][which]:.2f}" for errors in draws)
+        print(f"{name}: step by step {step:.4f}, one step {one:.4f}; their ratio draw by draw {each}")
+        assert one <= NOT_WORSE * step
+
+
+def errors_of_both(config, samples, recompute, shared, seed) -> dict[bool, tuple[float, float]]:  # noqa: F811
+    """By whether layers are one step: relative error of all gradients, and the log-probabilities' rms error."""
+
     def build(dtype: torch.dtype) -> tuple[Engine, Any]:
-        torch.manual_seed(0)
-        model: Any = Engine(wide_config)
+        torch.manual_seed(seed)
+        model: Any = Engine(config)
         model.to(GPU, dtype)
         model.recompute = recompute
         return model, adapted(model)
@@ -81,11 +96,9 @@ def test_one_step_is_as_close_to_fp32_as_step_by_step(wide_config, samples, reco
         found, ours = run(tuned, pack)
         errors[fused] = relative(ours, wanted), float((found - logprobs).square().mean().sqrt())
     assert len(model._fused._made) == len(model.model.language_model.layers) - 1
-    print(f"gradient error, log-probability rms: step by step {errors[False]}, one step {errors[True]}")
-    assert errors[True][0] <= NOT_WORSE * errors[False][0]
-    assert errors[True][1] <= NOT_WORSE * errors[False][1]
     # Two passes of the same way: what is used again (buffers, shadows, stacks) is as it was.
     assert relative(run(tuned, pack)[1], ours) < 0.5 * errors[True][0]
+    return errors
 
 
 def test_each_small_step_is_its_autograd_function():

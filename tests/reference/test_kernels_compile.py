@@ -94,3 +94,18 @@ def test_norm_and_rotation_of_all_heads_compile_and_move_16_bytes_at_a_time(head
         ptx = compiled(kernel, types, constants, strides).asm["ptx"]
         assert "ld.global.v4" in ptx
         assert "st.global.v4" in ptx
+
+
+def test_gated_products_and_sums_of_shared_keys_compile_and_move_16_bytes_at_a_time():
+    from lensmith.model.attention_kernels import add_shared
+    from lensmith.model.mlp_kernels import BLOCK, gated, gated_back
+
+    made = [
+        compiled(kernel, dict.fromkeys(("gate", "up", "out", "grad"), "*bf16"), {"BLOCK": BLOCK}, {"num_values"})
+        for kernel in (gated, gated_back)
+    ]
+    types = dict.fromkeys(("from_", "to_"), "*bf16") | dict.fromkeys(("order", "starts"), "*i32")
+    made.append(compiled(add_shared, types, {"WIDTH": 1024, "BLOCK": 1024}, {"key_stride", "value_stride"}))
+    for kernel in made:
+        assert "ld.global.v4" in kernel.asm["ptx"]
+        assert "st.global.v4" in kernel.asm["ptx"]

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lensmith.model.quant import has_triton
 from lensmith.types import Segment
 
 ToDevice = Callable[[np.ndarray], Tensor]
@@ -72,6 +73,8 @@ class Varlen:
     max_keys: int
     gather: Int[Tensor, " keys"] | None
     """Rows of the key tensor in the order of the runs; None where that is the tensor as it stands."""
+    readers: tuple[Int[Tensor, " keys"], Int[Tensor, " rows_and_one"]] | None = None
+    """The way back of `gather`: places in it sorted by the row that they read, and where each row's places start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,8 @@ def _build_varlen(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDe
     gather = np.concatenate(_key_rows(runs))
     in_order = len(gather) == num_keys and bool((np.diff(gather) == 1).all())
     queries, keys = [run.length for run in runs], [run.num_keys for run in runs]
+    order = np.argsort(gather, kind="stable").astype(np.int32)
+    starts = np.searchsorted(gather[order], np.arange(num_keys + 1)).astype(np.int32)
     return Varlen(
         causal=causal,
         cu_queries=tensor(np.cumsum([0, *queries], dtype=np.int32)),
@@ -139,6 +144,7 @@ def _build_varlen(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDe
         max_queries=max(queries),
         max_keys=max(keys),
         gather=None if in_order else tensor(gather),
+        readers=None if in_order else (tensor(order), tensor(starts)),
     )
 
 
@@ -222,7 +228,6 @@ class Attended:
 
     layout: Layout
     scale: float
-    num_keys: int
     inputs: tuple[Tensor, Tensor, Tensor]
     """Query, key and value as the kernel got them: gathered, where the layout gathers."""
     out: Tensor
@@ -252,7 +257,7 @@ def attend_by_hand(
     with torch.enable_grad():
         inputs = (query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_())
         out = attend(*inputs, layout, scale)
-    return out.detach(), Attended(layout, scale, len(key), inputs, out)
+    return out.detach(), Attended(layout, scale, inputs, out)
 
 
 def attend_backward(grad: Float[Tensor, "queries heads width"], attended: Attended) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,7 +270,6 @@ def attend_backward(grad: Float[Tensor, "queries heads width"], attended: Attend
 def _flash_by_hand(
     query: Tensor, key: Tensor, value: Tensor, layout: Varlen, scale: float, *, keeps: bool
 ) -> tuple[Tensor, Attended | None]:
-    num_keys = len(key)
     if layout.gather is not None:
         key, value = key.index_select(0, layout.gather), value.index_select(0, layout.gather)
     out, lse, *random = torch.ops.aten._flash_attention_forward(
@@ -273,7 +277,7 @@ def _flash_by_hand(
     )[:4]
     if not keeps:
         return out, None
-    return out, Attended(layout, scale, num_keys, (query, key, value), out, lse, tuple(random))  # type: ignore[arg-type]
+    return out, Attended(layout, scale, (query, key, value), out, lse, tuple(random))  # type: ignore[arg-type]
 
 
 def _flash_backward(grad: Tensor, attended: Attended, layout: Varlen) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,18 +295,40 @@ def _flash_backward(grad: Tensor, attended: Attended, layout: Varlen) -> tuple[T
         **_flash_window(layout),
     )
     if layout.gather is not None:
-        grad_key = _ungather(grad_key, layout.gather, attended.num_keys)
-        grad_value = _ungather(grad_value, layout.gather, attended.num_keys)
+        grad_key, grad_value = ungather(grad_key, grad_value, layout)
     return grad_query, grad_key, grad_value
 
 
-def _ungather(grad: Float[Tensor, "gathered kv_heads width"], gather: Tensor, num_keys: int) -> Tensor:
-    # In fp32 and rounded once: in 16 bits index_add_ would round after each branch. (The backward pass of indexing sorts its
-    # rows instead, which takes eight kernels.)
-    summed = torch.zeros(
-        num_keys, *grad.shape[1:], dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device
-    )
-    return summed.index_add_(0, gather, grad.to(summed.dtype)).to(grad.dtype)
+def ungather(
+    grad_key: Float[Tensor, "gathered kv_heads width"],
+    grad_value: Float[Tensor, "gathered kv_heads width"],
+    layout: Varlen,
+) -> tuple[Float[Tensor, "rows kv_heads width"], Float[Tensor, "rows kv_heads width"]]:
+    """Gradients of gathered keys and values, summed in fp32 to the rows that they were gathered from, and rounded once."""
+    assert layout.gather is not None, "asked for by the caller"
+    assert layout.readers is not None, "comes with it"
+    order, starts = layout.readers
+    shape = (len(starts) - 1, *grad_key.shape[1:])
+    if not _sums_at_once(grad_key):
+        # In 16 bits index_add_ would round after each branch. (The backward pass of indexing sorts its rows instead.)
+        exact = torch.promote_types(grad_key.dtype, torch.float32)
+        summed = [grad.new_zeros(shape, dtype=exact) for grad in (grad_key, grad_value)]
+        pairs = zip(summed, (grad_key, grad_value), strict=True)
+        key, value = (total.index_add_(0, layout.gather, grad.to(exact)).to(grad.dtype) for total, grad in pairs)
+        return key, value
+    from lensmith.model.attention_kernels import BLOCK, launch_add_shared
+
+    sources = [grad.flatten(1) for grad in (grad_key, grad_value)]
+    key, value = grad_key.new_empty(shape), grad_value.new_empty(shape)
+    width = sources[0].shape[1]
+    grid, strides = (shape[0], -(-width // BLOCK)), [source.stride(0) for source in sources]
+    launch_add_shared(grid, (*sources, order, starts, key, value), strides, (), (width, BLOCK))
+    return key, value
+
+
+def _sums_at_once(grad: Tensor) -> bool:
+    """Whether one kernel of ours does it: Triton's, so on Linux."""
+    return grad.is_cuda and has_triton()
 
 
 def _flash_lengths(layout: Varlen) -> tuple[Tensor, Tensor, int, int]:

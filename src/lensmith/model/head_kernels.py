@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lensmith.model.launch import Launcher
+
 BLOCK = 16
 """Heads per program: at width 128 and four warps each lane moves 16 bytes at a time."""
 
@@ -97,3 +99,6 @@ def norm_rotate_back(
     kind = grad.dtype.element_ty
     tl.store(grad + at, ((inner1 - hat1 * along) * scale).to(kind), mask=inside)
     tl.store(grad + at + HALF, ((inner2 - hat2 * along) * scale).to(kind), mask=inside)
+
+
+launch_norm_rotate, launch_norm_rotate_back = Launcher(norm_rotate), Launcher(norm_rotate_back)

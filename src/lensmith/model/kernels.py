@@ -194,19 +194,20 @@ def norm_rotate_forward(
 def _norm_rotate_once(
     query: Tensor, key: Tensor, query_norm: Norm, key_norm: Norm, rope: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from lensmith.model.head_kernels import BLOCK, norm_rotate
+    from lensmith.model.head_kernels import BLOCK, launch_norm_rotate
 
     query, key = _heads_together(query), _heads_together(key)
     (tokens, heads, width), kv_heads = query.shape, key.shape[1]
     (query_weight, query_eps), (key_weight, key_eps), (cos, sin) = query_norm, key_norm, rope
     to_query, to_key = query.new_empty(query.shape), key.new_empty(key.shape)
     scales = query.new_empty((tokens, heads + kv_heads), dtype=torch.float32)
-    # By position: each name costs the host another microsecond or two.
-    launch: Any = norm_rotate[tokens, -(-heads // BLOCK) - (-kv_heads // BLOCK)]
-    launch(
-        query, key, query_weight, key_weight, cos.contiguous(), sin.contiguous(), to_query, to_key, scales,
-        query.stride(0), key.stride(0), query_eps, key_eps, heads, kv_heads, width, BLOCK,
-    )  # fmt: skip
+    launch_norm_rotate(
+        (tokens, -(-heads // BLOCK) - (-kv_heads // BLOCK)),
+        (query, key, query_weight, key_weight, cos.contiguous(), sin.contiguous(), to_query, to_key, scales),
+        (query.stride(0), key.stride(0)),
+        (query_eps, key_eps),
+        (heads, kv_heads, width, BLOCK),
+    )
     return to_query, to_key, scales
 
 
@@ -225,16 +226,18 @@ def norm_rotate_backward(
         grad_query, grad_key = rotate_backward(grad_query, grad_key, rope)
         grad_query = rms_backward(grad_query, query, query_weight, scales[0])
         return grad_query, rms_backward(grad_key, key, key_weight, scales[1])
-    from lensmith.model.head_kernels import BLOCK, norm_rotate_back
+    from lensmith.model.head_kernels import BLOCK, launch_norm_rotate_back
 
     query, key, cos, sin = _heads_together(query), _heads_together(key), rope[0].contiguous(), rope[1].contiguous()
     grad_query, grad_key = _heads_together(grad_query), _heads_together(grad_key)
     (tokens, heads, width), kv_heads = query.shape, key.shape[1]
-    launch: Any = norm_rotate_back[tokens, -(-heads // BLOCK) - (-kv_heads // BLOCK)]
-    launch(
-        grad_query, grad_key, query, key, scales, query_weight, key_weight, cos, sin,
-        grad_query.stride(0), grad_key.stride(0), query.stride(0), key.stride(0), heads, kv_heads, width, BLOCK,
-    )  # fmt: skip
+    launch_norm_rotate_back(
+        (tokens, -(-heads // BLOCK) - (-kv_heads // BLOCK)),
+        (grad_query, grad_key, query, key, scales, query_weight, key_weight, cos, sin),
+        (grad_query.stride(0), grad_key.stride(0), query.stride(0), key.stride(0)),
+        (),
+        (heads, kv_heads, width, BLOCK),
+    )
     return grad_query, grad_key
 
 
@@ -294,17 +297,22 @@ def _heads_together(rows: Float[Tensor, "tokens heads width"]) -> Float[Tensor, 
 
 def swiglu_forward(gate: Float[Tensor, "tokens inner"], up: Float[Tensor, "tokens inner"]) -> Tensor:
     """silu(gate) * up"""
-    if _fused(gate):
-        from liger_kernel.ops import swiglu as liger
+    if not _fused(gate):
+        return F.silu(gate) * up
+    from lensmith.model.mlp_kernels import BLOCK, launch_gated
 
-        return liger.swiglu_forward(gate, up)[2]
-    return F.silu(gate) * up
+    gate, up = gate.contiguous(), up.contiguous()
+    out, num_values = torch.empty_like(gate), gate.numel()
+    launch_gated((-(-num_values // BLOCK), 1), (gate, up, out), (num_values,), (), (BLOCK,))
+    return out
 
 
 def swiglu_backward(grad: Float[Tensor, "tokens inner"], gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, which may be written over with them."""
-    if _fused(gate):
-        from liger_kernel.ops import swiglu as liger
+    if not _fused(gate):
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+    from lensmith.model.mlp_kernels import BLOCK, launch_gated_back
 
-        return liger.swiglu_backward(gate, up, grad)
-    return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+    grad, gate, up, num_values = grad.contiguous(), gate.contiguous(), up.contiguous(), gate.numel()
+    launch_gated_back((-(-num_values // BLOCK), 1), (grad, gate, up), (num_values,), (), (BLOCK,))
+    return gate, up

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lensmith.model.launch import Launcher
+
 BLOCK, SCALES_PER_SCALE = 64, 256
 """Values that share a scale, and scales that share one: bitsandbytes' own for 4 bits with compress_statistics."""
 BYTES = 1024
@@ -46,19 +48,13 @@ def can_widen(state: Any) -> bool:
     )
 
 
+# As bitsandbytes rounds: a product and a sum, not both in one.
+_launch_widen = Launcher(_widen, enable_fp_fusion=False)
+
+
 def widen(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     """The weight in `out`, whose type is that of the result."""
-    num_bytes = packed.numel()
-    _widen[(triton.cdiv(num_bytes, BYTES),)](
-        packed,
-        state.absmax,
-        state.state2.code,
-        state.state2.absmax,
-        state.offset,
-        state.code,
-        out,
-        num_bytes,
-        BYTES=BYTES,  # pyright: ignore[reportArgumentType]
-        enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
-    )
+    num_bytes, scales = -(-out.numel() // 2), state.state2
+    tensors = (packed, state.absmax, scales.code, scales.absmax, state.offset, state.code, out)
+    _launch_widen((triton.cdiv(num_bytes, BYTES), 1), tensors, (num_bytes,), (), (BYTES,))
     return out

@@ -123,25 +123,29 @@ _places: dict[tuple[Any, ...], torch.Tensor] = {}
 
 def dense_weight(linear: Any, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
     """The weight of a linear as a matrix in `dtype`. That of a 4-bit one is good until the next call: use it at once."""
-    weight = linear.weight
+    weight = linear._parameters["weight"]
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight
-    if not weight.is_cuda:
+    # Asked of the scales, which are a plain tensor: called twenty times per layer and step, what bitsandbytes' own class
+    # takes to answer is felt.
+    device = state.absmax.device
+    if device.type != "cuda":
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state).to(dtype)
-    # Called twenty times per layer and step, so that what can be found once is found once.
-    out = _places.get((weight.device, state.shape, state.dtype))
+    out = _places.get((device, state.shape, state.dtype))
     if out is None:
-        out = _make_place(weight.device, state)
+        out = _make_place(device, state)
     if _kernel_reads(state):
         from lensmith.model.nf4 import widen
 
-        return widen(weight.data, state, out).to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
+        widen(weight, state, out)
+    else:
+        from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, state, out=out).to(dtype)
+        dequantize_4bit(weight.data, state, out=out)
+    return out if state.dtype is dtype else out.to(dtype)
 
 
 def _make_place(device: torch.device, state: Any) -> Tensor:

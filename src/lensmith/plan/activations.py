@@ -167,7 +167,8 @@ class Pass:
         """Logits of one piece of the vocabulary, in fp32 and rounded for the product with it; sums per learned row."""
         facts, rows, value = self.facts, self.work.learned, self.value
         trained = states_of(self.config.tune)["head"] == "trained"
-        words = min(facts.vocabulary, max(HEAD_FEWEST_WORDS, HEAD_PIECE_BYTES // (FP32 * max(1, rows))))
+        fitting = HEAD_PIECE_BYTES // (FP32 * max(1, rows)) // HEAD_FEWEST_WORDS * HEAD_FEWEST_WORDS
+        words = min(facts.vocabulary, max(HEAD_FEWEST_WORDS, fitting))
         pieces = 0
         if self.config.memory.head_bits != 16:
             pieces = FEW_BIT_WORDS * facts.width * value
