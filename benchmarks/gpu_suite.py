@@ -61,7 +61,7 @@ TASKS = {
         one_sample("2b"),
         Task("ladder", ("memory_grid.py", "KIT", "--ladder"), 85),
         Task("load-8b-nf4", ("load_peak.py", "--random", "KIT", "--size", "8b"), 50),
-        Task("grid", ("memory_grid.py", "KIT", "--sizes", "8b", "4b", "2b", "32b"), 230),
+        Task("grid", ("memory_grid.py", "KIT", "--sizes", "32b", "2b", "8b", "4b"), 330),
     )
 }
 

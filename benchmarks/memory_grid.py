@@ -100,6 +100,9 @@ def list_cases(size: str) -> list[dict[str, Any]]:
     if size == "8b":
         cases += [case(1264, 1, qlora, *LOW, "memory.head=host"), case(4096, 8, qlora, *LOW, samples=1)]
         cases += [case(6144, 8, lora, *LOW)]
+        # What a tower costs that is not frozen.
+        cases += [case(4096, 4, qlora), case(4096, 4, qlora, "tune.vision=adapted")]
+        cases += [case(4096, 4, qlora, "tune.vision=trained", "tune.merger=trained")]
     if size == "32b":  # the 67 GB of its weights in 16 bits fit no other case
         cases = [case(4096, 4, qlora, *LOW)]
     return cases

@@ -271,7 +271,11 @@ class _Layer(torch.autograd.Function):
                 ctx.kept = kept = Kept()
             else:
                 ctx.ticket = waiting.put(hidden)
-        return layer.forward(hidden, rope, layout, kept)
+        out = layer.forward(hidden, rope, layout, kept)
+        if kept is not None and not ctx.needs_input_grad[0]:
+            # The first layer behind a frozen embedding and tower: nobody asks for the way back through its first norm.
+            kept.hidden = kept.hidden_scale = None
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
