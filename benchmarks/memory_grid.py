@@ -182,7 +182,12 @@ class Bench:
 
     def forget(self) -> None:
         """Give the model's memory back."""
+        from lensmith.model import quant
+
         self._prepared, self._loaded_with = None, None
+        # As large as the largest weight so far: a smaller model would be charged for it.
+        quant._dense.clear()
+        quant._places.clear()
         gc.collect()
         torch.cuda.empty_cache()
 

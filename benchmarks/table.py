@@ -15,6 +15,7 @@ NEEDED = ("name", "what", "value", "unit", "gpu_or_cpu", "versions", "commit", "
 ELSEWHERE = (
     "memory-grid",
     "memory-grid-h200",
+    "memory-grid-32b",
     "memory-ladder",
     "decode-kernels",
     "example-latex-ocr",
