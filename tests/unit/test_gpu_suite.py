@@ -42,7 +42,7 @@ def test_cases_that_share_a_model_follow_one_another_and_none_is_lost(grid):
         changes = sum(one != other for one, other in itertools.pairwise(keys))
         assert changes == len(set(keys)) - 1
         loads += len(set(keys))
-    assert (loads, sum(len(grid.list_cases(size)) for size in SIZES)) == (21, 57)
+    assert (loads, sum(len(grid.list_cases(size)) for size in SIZES)) == (23, 60)
 
 
 def test_every_case_is_a_record_that_the_planner_can_predict_and_that_fits_the_card(grid, tmp_path):
@@ -90,7 +90,10 @@ def test_all_scripts_and_all_rows_of_the_table_that_need_a_gpu_are_in_the_suite(
     elsewhere = ("demo", "grpo", "eval-speed", "merge")
     ours = {name for name in ROWS if not name.startswith(elsewhere) and not name.endswith(("-unsloth", "-trl"))}
     assert ours <= gpu_suite.TASKS.keys()
-    assert sum(task.about_s for task in gpu_suite.TASKS.values()) <= 9 * 60 + 30
+    # Two calls of under ten minutes: the grid, and everything else.
+    about = {name: task.about_s for name, task in gpu_suite.TASKS.items()}
+    assert about.pop("grid") <= 9 * 60 + 30
+    assert sum(about.values()) <= 9 * 60 + 30
 
 
 FAKE = """
