@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lensmith.cli.app import Json, Overrides, Subject, app, read_settings
 from lensmith.console import say
 from lensmith.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command(epilog="Examples: lensmith train data.jsonl; lensmith train run.yaml tune.rank=32 run=runs/rank-32")
@@ -36,9 +33,11 @@ def train(
         say(f"{run.path} exists: resuming it. For a new run, add run=runs/another-name.")
     from lensmith.train.evaluate import train_and_compare
     from lensmith.train.progress import CountProgress, TrainProgress
+    from lensmith.train.ranks import leave_group
 
     with TrainProgress() as progress, CountProgress("answering", progress.console) as answered:
         result = train_and_compare(config, say=progress.say, train_progress=progress, eval_progress=answered)
+    leave_group()
     say(f"Done: {result.run}. Look at it: lensmith show {result.run}")
     return result.to_json()
 

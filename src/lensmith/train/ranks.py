@@ -60,6 +60,16 @@ def gather_values(value: Any) -> list[Any]:
     return values
 
 
+def leave_group() -> None:
+    """Let the other processes go, at the end of a run.
+
+    Left to Python's exit, the group's threads may outlive what they use: now and then a process that had done all of its
+    work aborted ("terminate called without an active exception"), and torchrun called the run a failure.
+    """
+    if world_size() > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Each gradient becomes the sum over all processes; one that no process has stays None, as with a single process."""
     if world_size() == 1:
