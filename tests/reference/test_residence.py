@@ -14,9 +14,13 @@ from torch.testing import assert_close
 
 from lensmith.config.tree import Memory
 from lensmith.errors import ConfigError
+from lensmith.model import hosted
 from lensmith.model.engine import Engine
+from lensmith.model.head import FEWEST_WORDS, PIECE_BYTES, whole_pieces
+from lensmith.model.hosted import HostHead
 from lensmith.model.quant import FewBitHead
 from lensmith.model.residence import check_frozen, settle_weights
+from lensmith.plan.activations import HEAD_FEWEST_WORDS, HEAD_PIECE_BYTES
 
 pytestmark = pytest.mark.usefixtures("float64_modules")
 CPU = torch.device("cpu")
@@ -140,3 +144,18 @@ def test_a_head_in_few_bits_is_the_head_to_the_precision_of_its_bits(bits, error
     assert [start for start, _ in head.pieces(300)] == [0, 300, 600, 900]
     assert rows.shape == weight.shape
     assert (rows - weight).norm() / weight.norm() < error
+
+
+@pytest.mark.parametrize("width", [2048, 2560, 4096, 5120])
+def test_a_head_in_host_memory_crosses_in_pieces_whose_products_are_fast(width):
+    """Of the widths of 2B to 32B: an odd number of words sends both products through kernels that load 2 bytes at a time."""
+    head = HostHead(torch.nn.Parameter(torch.empty(30_000, width, dtype=torch.bfloat16), requires_grad=False), CPU)
+    sizes = [len(piece) for _, piece in head.pieces(20 * FEWEST_WORDS)]
+    assert sum(sizes) == 30_000
+    assert all(size % FEWEST_WORDS == 0 for size in sizes[:-1])
+    assert sizes[0] * width * 2 <= hosted.PIECE_BYTES
+
+
+def test_the_planner_cuts_the_head_as_the_engine_does():
+    assert (HEAD_FEWEST_WORDS, HEAD_PIECE_BYTES) == (FEWEST_WORDS, PIECE_BYTES)
+    assert [whole_pieces(words) for words in (1, 1023, 1024, 20_971)] == [1024, 1024, 1024, 20_480]

@@ -25,7 +25,12 @@ PIECE_BYTES = 128 * 2**20
 """Largest logits tensor alive at one time, in fp32: all words for 220 rows at once, a twentieth of them for 4,400."""
 FEWEST_WORDS = 1024
 """Narrower pieces make slow products; so do pieces of an odd number of words, whose rows of logits start between the 16
-bytes that a GPU loads at once: 36 ms instead of 9 for 1,600 rows at 8B. Pieces are multiples of this."""
+bytes that a GPU loads at once: 36 ms of products instead of 6 for 1,600 rows at 8B (docs/log.md 2026-11-25)."""
+
+
+def whole_pieces(words: int) -> int:
+    """At most so many words as a multiple of FEWEST_WORDS, and that at least."""
+    return max(FEWEST_WORDS, words // FEWEST_WORDS * FEWEST_WORDS)
 
 
 class HeadWeight(Protocol):
@@ -81,8 +86,7 @@ def _prepare(hidden: Tensor, head: Any, piece_words: int | None) -> tuple[Tensor
     """The head where it wants a gradient, the head to walk, and how many of its words at a time."""
     trained = head if isinstance(head, Tensor) and head.requires_grad else None
     source = WholeHead(head.detach()) if isinstance(head, Tensor) else head
-    fitting = PIECE_BYTES // (4 * max(1, len(hidden))) // FEWEST_WORDS * FEWEST_WORDS
-    return trained, source, piece_words or max(FEWEST_WORDS, fitting)
+    return trained, source, piece_words or whole_pieces(PIECE_BYTES // (4 * max(1, len(hidden))))
 
 
 def _logits(hidden_RD: Tensor, piece_VD: Tensor) -> Tensor:

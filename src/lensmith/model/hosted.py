@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lensmith.model.head import whole_pieces
+
 ALIGNMENT = 256
 """Bytes; what CUDA's own allocator gives, so that no kernel finds a tensor on an odd place."""
 PIECE_BYTES = 64 * 2**20
@@ -139,7 +141,7 @@ class HostHead(nn.Module):
 
     def pieces(self, words: int) -> Iterator[tuple[int, Float[Tensor, "words width"]]]:
         """See `HeadWeight`; each piece is copied while the one before it is used."""
-        words = max(1, min(words, PIECE_BYTES // (self.weight.shape[1] * self.weight.element_size())))
+        words = min(words, whole_pieces(PIECE_BYTES // (self.weight.shape[1] * self.weight.element_size())))
         starts = range(0, len(self.weight), words)
         places = [torch.empty_like(self.weight[:words], device=self.device) for _ in range(2)]
         arrived = self._send(starts[0], places[0])

@@ -167,6 +167,7 @@ class Pass:
         """Logits of one piece of the vocabulary, in fp32 and rounded for the product with it; sums per learned row."""
         facts, rows, value = self.facts, self.work.learned, self.value
         trained = states_of(self.config.tune)["head"] == "trained"
+        # As lensmith.model.head.whole_pieces cuts them.
         fitting = HEAD_PIECE_BYTES // (FP32 * max(1, rows)) // HEAD_FEWEST_WORDS * HEAD_FEWEST_WORDS
         words = min(facts.vocabulary, max(HEAD_FEWEST_WORDS, fitting))
         pieces = 0
