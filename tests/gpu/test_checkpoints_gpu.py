@@ -19,7 +19,6 @@ from lensmith.model.load import load_model
 from lensmith.model.names import read_architecture, resolve_model
 from lensmith.plan.facts import SIZES, ModelFacts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PLANNED_WITHIN = 0.15
 """Of the measured peak: models of a few layers, where gaps of the allocator weigh more than in whole ones."""

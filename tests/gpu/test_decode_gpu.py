@@ -19,8 +19,6 @@ from lensmith.model.quant import settle_linears
 from lensmith.model.sampling import Sampling
 from lensmith.types import Pack
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
 NEW_TOKENS = 150
 
 

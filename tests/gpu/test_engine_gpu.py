@@ -15,8 +15,6 @@ from lensmith.model.attention import varlen_available
 from lensmith.model.engine import Engine
 from lensmith.types import Pack, Segment
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
 NOT_WORSE = 1.15
 """Our error over stock's: two bf16 paths round differently, neither may be systematically worse."""
 

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
 BF16_STEP = 2.0**-8
 RANK = 16
 SHAPES = {

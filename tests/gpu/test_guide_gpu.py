@@ -14,7 +14,6 @@ import lensmith
 from lensmith.model.engine import find_engine
 from lensmith.rundir import RunDir
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GUIDE = Path(__file__).parents[1] / "fixtures" / "guide.md"
 
 

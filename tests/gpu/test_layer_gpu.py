@@ -18,7 +18,6 @@ from lensmith.model.engine import Engine, run_layer
 from lensmith.model.recompute import Waiting, recomputed
 from lensmith.types import Pack, Segment
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = torch.device("cuda", 0)
 
 NOT_WORSE = 1.15

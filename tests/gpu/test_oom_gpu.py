@@ -13,8 +13,6 @@ from lensmith.config.read import read_config
 from lensmith.rundir import RunDir
 from lensmith.train.sft import train_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
 
 @pytest.fixture
 def rows(tmp_path):

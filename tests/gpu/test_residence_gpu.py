@@ -17,7 +17,6 @@ from lensmith.model.engine import Engine
 from lensmith.model.residence import settle_weights
 from lensmith.train.rounded import RoundedAdamW
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = torch.device("cuda")
 PASSES = 20
 

@@ -15,7 +15,6 @@ from lensmith.config.read import read_config
 from lensmith.rundir import RunDir
 from lensmith.train.sft import train_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROWS, STEPS = 16, 24
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (240, 240, 240)}
 
