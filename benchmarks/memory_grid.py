@@ -182,12 +182,10 @@ class Bench:
 
     def forget(self) -> None:
         """Give the model's memory back."""
-        from lensmith.model import quant
+        from lensmith.model.quant import give_buffer_back
 
         self._prepared, self._loaded_with = None, None
-        # As large as the largest weight so far: a smaller model would be charged for it.
-        quant._dense.clear()
-        quant._places.clear()
+        give_buffer_back()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -148,6 +148,13 @@ def dense_weight(linear: Any, dtype: torch.dtype) -> Float[Tensor, "outputs inpu
     return out if state.dtype is dtype else out.to(dtype)
 
 
+def give_buffer_back() -> None:
+    """Let go of the memory that 4-bit weights are widened into. It is as large as the largest so far, and a smaller model that
+    comes after would be charged for it."""
+    _dense.clear()
+    _places.clear()
+
+
 def _make_place(device: torch.device, state: Any) -> Tensor:
     size, buffer = math.prod(state.shape) * state.dtype.itemsize, _dense.get(device)
     if buffer is None or buffer.nbytes < size:
