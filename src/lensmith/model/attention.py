@@ -73,8 +73,8 @@ class Varlen:
     max_keys: int
     gather: Int[Tensor, " keys"] | None
     """Rows of the key tensor in the order of the runs; None where that is the tensor as it stands."""
-    readers: tuple[Int[Tensor, " keys"], Int[Tensor, " rows_and_one"]] | None = None
-    """The way back of `gather`: places in it sorted by the row that they read, and where each row's places start."""
+    readers: tuple[Int[Tensor, " keys"], Int[Tensor, " rows_and_one"]] | None
+    """The way back of `gather`, None with it: its places sorted by the row that they read, and where each row's start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,11 @@ def _build_varlen(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDe
     gather = np.concatenate(_key_rows(runs))
     in_order = len(gather) == num_keys and bool((np.diff(gather) == 1).all())
     queries, keys = [run.length for run in runs], [run.num_keys for run in runs]
-    order = np.argsort(gather, kind="stable").astype(np.int32)
-    starts = np.searchsorted(gather[order], np.arange(num_keys + 1)).astype(np.int32)
+    readers = None
+    if not in_order:
+        order = np.argsort(gather, kind="stable").astype(np.int32)
+        starts = np.searchsorted(gather[order], np.arange(num_keys + 1)).astype(np.int32)
+        readers = tensor(order), tensor(starts)
     return Varlen(
         causal=causal,
         cu_queries=tensor(np.cumsum([0, *queries], dtype=np.int32)),
@@ -144,7 +147,7 @@ def _build_varlen(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDe
         max_queries=max(queries),
         max_keys=max(keys),
         gather=None if in_order else tensor(gather),
-        readers=None if in_order else (tensor(order), tensor(starts)),
+        readers=readers,
     )
 
 

@@ -1,9 +1,9 @@
 """Triton kernels launched a hundred times per step, without what Triton does for every launch again.
 
-Triton looks at each argument of each launch to choose among the forms that it has compiled: 19 us of Python where all are
-given by position, 51 with one option by name, more than most kernels here take the GPU. A `Launcher` looks at what can differ
-from call to call (types, and whether numbers and addresses are multiples of 16) and calls the compiled form itself: 13 and
-24 us (docs/log.md 2026-11-25).
+Triton looks at each argument of each launch to choose among the forms that it has compiled: 19 us of the host's time for a
+gated product, 51 for a widened weight, more than many a kernel here takes the GPU. A `Launcher` looks at what can differ from
+call to call (types, and whether numbers and addresses are multiples of 16) and calls the compiled form itself: 13 and 24 us
+(docs/log.md 2026-11-25).
 
 That last step is Triton's own, but not one it documents. So it is tried once per process; where it fails, the ordinary way
 is taken, and said.
@@ -51,15 +51,14 @@ class Launcher:
             together |= value
         # Triton has other forms for odd numbers, small and large ones; they are rare here.
         even = together % 16 == 0 and all(0 < number < 2**31 for number in numbers)
-        arguments = (*fractions, *constants)
-        if even and devices == {device} and device >= 0 and direct_launches_work():
-            key = (device, kinds, tuple(constants))
-            if (compiled := self._compiled.get(key)) is not None:
-                _launch(compiled, grid, device, (*addresses, *numbers, *arguments))
-                return
-            self._compiled[key] = self._kernel[grid](*tensors, *numbers, *arguments, **self._options)
+        is_short = even and devices == {device} and device >= 0 and direct_launches_work()
+        key, arguments = (device, kinds, tuple(constants)), (*numbers, *fractions, *constants)
+        if is_short and (compiled := self._compiled.get(key)) is not None:
+            _launch(compiled, grid, device, (*addresses, *arguments))
             return
-        self._kernel[grid](*tensors, *numbers, *arguments, **self._options)
+        compiled = self._kernel[grid](*tensors, *arguments, **self._options)
+        if is_short:
+            self._compiled[key] = compiled
 
 
 def _launch(compiled: Any, grid: tuple[int, int], device: int, arguments: tuple[Any, ...]) -> None:
