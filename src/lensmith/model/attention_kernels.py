@@ -1,7 +1,7 @@
 """Sums of what branches give to keys that they share: gradients of gathered rows, back to the rows they were gathered from.
 
 A prompt's keys are read by every completion. In 16 bits `index_add_` would round after each of them, and in fp32 it takes
-four kernels and 16 bytes per value; here each row is read where it lies, summed in fp32 and rounded once.
+four kernels; here each row is read where it lies, summed in fp32 and rounded once.
 """
 
 from __future__ import annotations

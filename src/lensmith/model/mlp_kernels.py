@@ -4,7 +4,8 @@
     grad_up   = grad silu(gate)
     grad_gate = grad up sigmoid(gate) (1 + gate (1 - sigmoid(gate)))       both in fp32, rounded once
 
-Liger's kernels do the same; what they need before each launch costs the host as much as ours altogether.
+Liger's kernels do the same and take the GPU as long; the host they take 79 us a call where these take 27 (docs/log.md
+2026-11-25).
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def gather_values(value: Any) -> list[Any]:
 def leave_group() -> None:
     """Let the other processes go, at the end of a run.
 
-    Left to Python's exit, the group's threads may outlive what they use: now and then a process that had done all of its
-    work aborted ("terminate called without an active exception"), and torchrun called the run a failure.
+    torch asks for it: left to Python's exit, the group's threads may outlive what they use. Once a process that had done
+    all of its work aborted there ("terminate called without an active exception"), and torchrun called the run a failure.
     """
     if world_size() > 1 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
