@@ -51,9 +51,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from lensmith.model.adapters import prepare_trainable
     from lensmith.model.load import load_model
     from lensmith.model.names import read_architecture
+    from lensmith.model.residence import let_segments_grow
 
     folder, size = options.work or options.folder, options.size.lower()
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    let_segments_grow()
     shell = write_shell(options.kit, size, folder / f"shell-{size}")
     rows = write_rows(folder / "rows", options.questions, 1024)
     config = read_config(None, [f"model={shell}", f"data.train={rows}", "tune.method=qlora", "tune.rank=16"])

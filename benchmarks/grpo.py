@@ -113,8 +113,9 @@ def measure_sharing(options: argparse.Namespace) -> dict[str, Any]:
     from lensmith.model.features import RamStore
     from lensmith.model.load import load_model
     from lensmith.model.names import read_architecture
+    from lensmith.model.residence import let_segments_grow
 
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    let_segments_grow()
     shell = write_shell(options.kit, options.size.lower(), options.folder / f"shell-{options.size}")
     rows = write_rows(options.folder / "rows-sharing", 1, SHARING["prompt_px"])
     config = read_config(

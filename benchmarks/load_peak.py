@@ -51,12 +51,13 @@ def main() -> None:
 
     from lensmith.config.read import read_config
     from lensmith.model.load import load_model
+    from lensmith.model.residence import let_segments_grow
     from random_weights import write_checkpoint
 
     size = options.size.lower()
     if options.random:
         options.checkpoint = write_checkpoint(options.random, size, options.work / f"checkpoint-{size}")
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as training does
+    let_segments_grow()
     torch.zeros(1, device="cuda")
     config = read_config(None, [f"model={options.checkpoint}", "data.train=none.jsonl", *options.set])
     watch, start = AnonymousPeak(), time.perf_counter()

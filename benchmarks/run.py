@@ -19,7 +19,6 @@ import functools
 import json
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from lensmith.config.read import read_config
+    from lensmith.console import say
     from lensmith.train.sft import train_model
 
     checkpoint = draw_weights(options.random, options.size, options.work) if options.random else options.checkpoint
@@ -94,7 +94,6 @@ def main() -> None:
     if "tune.method=full" not in options.set:
         settings += ["tune.rank=16", "tune.alpha=16", "optim.learning_rate=2e-5"]
     config = read_config(None, [*settings, *(LOW if options.low else []), *options.set])
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     result = train_model(config, say=say)
     found = record(options, run, result)
     print(json.dumps(found, indent=2))

@@ -22,7 +22,7 @@ from lensmith.errors import ConfigError
 from lensmith.model.adapters import prepare_trainable
 from lensmith.model.components import learning_rates, parameter_groups
 from lensmith.model.load import Loaded, load_model
-from lensmith.model.residence import check_frozen, settle_inputs
+from lensmith.model.residence import check_frozen, let_segments_grow, settle_inputs
 from lensmith.train.rounded import RoundedAdamW, States
 from lensmith.types import IGNORE, Pack, Segment, VisionGeometry
 
@@ -172,8 +172,7 @@ def prepare_model(
     processor: Qwen3VLProcessor | None = None,
 ) -> Prepared:
     """Load the model as `config` says, with adapters and optimizer. Arguments are those of `load_model`."""
-    if torch.cuda.is_available():
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as training does, see prepare_run
+    let_segments_grow()
     loaded = load_model(config, device=device, shards=shards, processor=processor)
     model = prepare_trainable(loaded.model, config.tune, seed=config.seed)
     check_frozen(model)

@@ -26,7 +26,7 @@ from lensmith.model.adapters import check_tune, prepare_trainable
 from lensmith.model.components import census_table, learning_rates, take_census
 from lensmith.model.features import open_features
 from lensmith.model.load import Loaded, choose_device, load_model, load_processor
-from lensmith.model.residence import check_frozen, settle_inputs
+from lensmith.model.residence import check_frozen, let_segments_grow, settle_inputs
 from lensmith.model.versions import check_versions, environment
 from lensmith.plan.answer import check_fits
 from lensmith.plan.cards import usable_gib
@@ -91,10 +91,7 @@ def prepare_run(config: RunConfig, say: Say, *, given: Given | None = None) -> P
         rewards = given.rewards or run_rewards(config)
         config = _with_default_rate(config)
     refuse_data_parallel()
-    if torch.cuda.is_available():
-        # Packs differ in length from step to step; fixed segments would leave gaps that no other length fits (W1 without
-        # recomputation: 109 GiB reserved for 43 in use).
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    let_segments_grow()
     run = RunDir(config.run)
     checkpoint = _open_run(run, config, say)
     # Rows and memory first: what is wrong with them is known before gigabytes of weights are read.
