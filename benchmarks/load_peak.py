@@ -78,7 +78,7 @@ def main() -> None:
         peak_reserved_gib=round(peak, 3),
         peak_anonymous_gib=round(watch.peak_kib / 2**20, 3),
         load_s=round(seconds, 1),
-        sentences=list(loaded.sentences),
+        sentences=[said.replace(str(options.checkpoint), options.checkpoint.name) for said in loaded.sentences],
     )
     print(json.dumps(record, indent=2))
     options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

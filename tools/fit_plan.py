@@ -37,6 +37,7 @@ TIME = (
     "layer_launch_ms",
     "few_bit_launch_ms",
     "tower_launch_ms",
+    "update_launch_ms",
 )
 BOUNDS = {
     "matmul": (0.2, 0.9),

@@ -44,12 +44,14 @@ class Coefficients:
     """The same, on top, where a layer's linears are widened first."""
     tower_launch_ms: float = 0.4
     """The least time of one block of the image tower in one direction."""
+    update_launch_ms: float = 1.0
+    """The least time of an update by lensmith.train.rounded: of a weight, or of a piece of a large one."""
 
-    decode: float = 0.22
+    decode: float = 0.203
     """Share of the card's memory bandwidth that one token of the built-in rollout reaches, with its CUDA graph."""
     rollout_start_s: float = 0.3
     """The first steps of a rollout, which run without a graph, and capturing it. Both from the two shapes of
-    grpo-w2-8b.json and grpo-long-8b.json (8B, H100): 256 tokens in 2.17 s, 64 in 0.84."""
+    grpo-w2-8b.json and grpo-long-8b.json (8B, H100): 256 tokens in 2.33 s, 64 in 0.84."""
 
 
 @cache

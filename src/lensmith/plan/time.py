@@ -28,6 +28,7 @@ from lensmith.plan.weights import (
     value_bytes,
 )
 from lensmith.plan.work import Rollout, Work, written_at_once
+from lensmith.types import Component
 
 TERA, GIGA = 1e12, 1e9
 ATTENTION_BACKWARD = 2.5
@@ -36,6 +37,10 @@ BACKWARD_LAUNCHES = 2
 ROUNDED_BYTES = 70
 """Read and written per bf16 weight that trains: weight, gradient, two states, and their fp32 copies from step to step of
 lensmith.train.rounded."""
+ROUNDED_PIECE = 2**24
+"""Numbers that it updates together."""
+TENSORS: Mapping[Component, int] = {"language": 11, "vision": 12, "merger": 6}
+"""Of a decoder layer (seven linears, four norms), a block of the tower (four linears and two norms, with biases), a merger."""
 LAUNCHES = "launching kernels"
 OVERLAP = 3
 """Power of the mean of GPU and host: 1 would be one after the other, infinity the longer of the two."""
@@ -167,9 +172,22 @@ class _Clock:
         train, wide = trainable(facts, config), value_bytes(config)
         adapters = 3 * train.adapters * ADAPTER_BYTES + 2 * optimizer_bytes(facts, config) * (not train.weights)
         seconds = self._move(adapters + train.weights * (ROUNDED_BYTES if wide == 2 else 7 * wide))
+        if wide == 2:
+            seconds += _host_adds(seconds, self._updates() * self.found.update_launch_ms / 1e3)
         if optimizer_name(facts, config) == "paged_adamw_8bit":
             seconds += self._cross(4 * (train.adapters + train.weights))
         return seconds
+
+    def _updates(self) -> int:
+        """Weights that train themselves, each as often as it has pieces."""
+        facts, states = self.sizes.facts, states_of(self.sizes.config.tune)
+        repeats: Mapping[Component, int] = {
+            "language": facts.layers,
+            "vision": facts.tower.depth,
+            "merger": facts.tower.levels + 1,
+        }
+        tensors = sum(count * TENSORS[part] for part, count in repeats.items() if states[part] == "trained")
+        return tensors + trainable(facts, self.sizes.config).weights // ROUNDED_PIECE
 
     # --- copies -------------------------------------------------------------------------------------------------------
 
