@@ -17,8 +17,8 @@ from PIL import Image
 import lensmith
 from lensmith import cli
 from lensmith.errors import DataError, RewardError, RowError
+from lensmith.model.components import tower_warning
 from lensmith.model.engine import find_engine
-from lensmith.recipe.model import TOWER_TRAINS
 from lensmith.recipe.speech import RenamedWarning, forget_said
 from lensmith.rundir import RunDir
 
@@ -236,7 +236,7 @@ def test_pitfall_mixed_resolutions_stay_under_one_budget(tuned, capsys):
 
 def test_pitfall_an_unfrozen_tower_is_warned_about_and_left_frozen_where_nobody_asked(tuned, tmp_path, capsys):
     model, _ = tuned(finetune_vision_layers=True)
-    assert TOWER_TRAINS in capsys.readouterr().err
+    assert tower_warning("adapted") in capsys.readouterr().err
     assert any("visual" in name for name, p in model.named_parameters() if p.requires_grad)
     plain, _ = lensmith.FastVisionModel.from_pretrained("lensmith/tiny", load_in_4bit=False)
     plain = lensmith.FastVisionModel.get_peft_model(plain)

@@ -1,5 +1,7 @@
 """Components by name, on stock models and under PEFT, and what is counted and grouped by them."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -13,6 +15,7 @@ from lensmith.model.adapters import prepare_trainable
 from lensmith.model.components import (
     COMPONENTS,
     DEFAULT_LEARNING_RATES,
+    TOWER_COST,
     census_table,
     component_of,
     gradient_norms,
@@ -22,9 +25,11 @@ from lensmith.model.components import (
     plain_name,
     precision_of,
     take_census,
+    tower_warning,
     untouched_sentences,
 )
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TUNE = Tune(rank=4, language="adapted", vision="trained", merger="adapted")
 
 
@@ -153,3 +158,14 @@ def test_every_method_has_a_learning_rate_of_its_own_accord():
     methods = get_args(Tune.model_fields["method"].annotation)
     assert len(methods) == 4
     assert all(learning_rates(Optim(), method)["language"] > 0 for method in methods)
+
+
+def test_the_warning_of_a_tower_that_trains_says_what_was_measured():
+    cases = json.loads((RESULTS / "memory-grid.json").read_text(encoding="utf-8"))["cases"]
+    of = {" ".join(case["settings"]): case for case in cases if case["size"] == "8b" and case["tokens"] == 4096}
+    plain = of["tune.method=qlora"]
+    settings = {"adapted": "tune.vision=adapted", "trained": "tune.vision=trained tune.merger=trained"}
+    for state, more in settings.items():
+        found = tuple(of[f"tune.method=qlora {more}"][key] / plain[key] - 1 for key in ("peak_gib", "step_s"))
+        assert TOWER_COST[state] == pytest.approx(found, abs=0.005)
+    assert "11% more memory and 56% longer steps" in tower_warning("adapted")

@@ -13,6 +13,7 @@ from torch import nn
 
 from lensmith.errors import ConfigError
 from lensmith.model.adapters import prepare_trainable
+from lensmith.model.components import tower_warning
 from lensmith.model.load import choose_device, load_model
 from lensmith.model.names import TINY
 from lensmith.model.residence import settle_inputs
@@ -45,11 +46,6 @@ PRECISIONS: Mapping[Any, str] = {
     torch.float16: "fp16", "float16": "fp16", "fp16": "fp16",
     torch.float32: "fp32", "float32": "fp32", "fp32": "fp32",
 }  # fmt: skip
-TOWER_TRAINS = (
-    "Warning: finetune_vision_layers=True adapts the image tower. It then runs forward and backward on every picture of every "
-    "step, its features can be neither kept nor shared, and its own learning rate is a tenth of the decoder's "
-    "(optim.vision_learning_rate). Leave it frozen unless your pictures are of a kind it never saw."
-)
 
 
 class FastVisionModel:
@@ -208,7 +204,7 @@ def _vision(given: Mapping[str, Any]) -> bool:
         say_once("finetune_vision_layers is left out: the image tower stays frozen here (Unsloth would adapt it).")
         return False
     if given["finetune_vision_layers"]:
-        say_once(TOWER_TRAINS)
+        say_once(tower_warning("adapted"))
     return bool(given["finetune_vision_layers"])
 
 
