@@ -70,6 +70,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where there is no git to ask")
     options = parser.parse_args()
+    if "engine=unsloth" in options.set:
+        from lensmith.model.unsloth import import_unsloth
+
+        import_unsloth()  # before transformers and TRL, which it rewrites
 
     from lensmith.config.read import read_config
     from lensmith.console import say

@@ -221,6 +221,8 @@ def test_an_override_without_a_value_says_how_to_write_it():
         (["memory.recompute=none", "memory.offload=inputs"], "memory.offload"),
         (["optim.rounding=nearest"], "optim.rounding"),
         (["grpo.group=4"], "grpo.group"),
+        (["engine=unsloth", "memory.tower=host"], "memory.tower"),
+        (["engine=unsloth", "memory.offload=none"], "memory.offload"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, path):
@@ -258,6 +260,7 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
             ["task=grpo", "tune.method=full", "optim.max_grad_norm=null", "optim.in_backward=true"],
             "but task=grpo takes several packs a step",
         ),
+        (["engine=unsloth", "task=grpo"], "engine is 'unsloth', but task=grpo takes its completions"),
     ],
 )
 def test_settings_that_contradict_are_an_error(overrides, reason):
@@ -265,7 +268,7 @@ def test_settings_that_contradict_are_an_error(overrides, reason):
 
 
 def test_every_rule_has_a_case_above():
-    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (12, 11), (
+    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (13, 12), (
         "add a case to the two tests above, then mend this line"
     )
 

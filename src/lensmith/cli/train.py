@@ -27,6 +27,10 @@ def train(
             f"{source}: data.train is null, but training needs a data file. "
             "Set it in the file, or add data.train=rows.jsonl to the command."
         )
+    if config.engine == "unsloth":
+        from lensmith.model.unsloth import import_unsloth
+
+        import_unsloth()  # before transformers and TRL, which it rewrites
     from lensmith.rundir import RunDir
 
     if (run := RunDir(config.run)).latest_checkpoint():

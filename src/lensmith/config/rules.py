@@ -293,6 +293,40 @@ def _completions_fit_their_packs(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _what_unsloth_decides_itself(config: RunConfig) -> Iterator[Problem]:
+    if config.engine != "unsloth":
+        return
+    why = "has no effect with engine=unsloth, which {}. Remove it, or set engine=lensmith."
+    places = "keeps the whole model on the GPU, and the inputs of recomputed layers in host memory"
+    for name in ("offload", "embedding", "head", "head_bits", "tower", "stream_layers", "vision_cache_gib"):
+        yield Problem(f"memory.{name}", why.format(places))
+    for name in ("share_prefix", "check_packs"):
+        yield Problem(
+            f"pack.{name}", why.format("knows no packs: each sample is a row of its own, padded to the longest")
+        )
+
+
+def _what_unsloth_cannot_do(config: RunConfig) -> Iterator[Problem]:
+    if config.engine != "unsloth":
+        return
+    if config.task == "grpo":
+        yield Problem("engine", "but task=grpo takes its completions from Lensmith's own engine. Set engine=lensmith.")
+    if config.tune.method == "full":
+        yield Problem(
+            "engine", "but tune.method=full trains weights in bf16 by an optimizer of ours. Set engine=lensmith."
+        )
+    for name in ("language", "vision", "merger"):
+        if getattr(config.tune, name) == "trained":
+            yield Problem(
+                f"tune.{name}", f"but engine=unsloth adapts only. Set tune.{name}=adapted, or engine=lensmith."
+            )
+    if isinstance(config.memory.recompute, int):
+        yield Problem(
+            "memory.recompute",
+            "but engine=unsloth recomputes all layers or none. Set it to layers, or engine=lensmith.",
+        )
+
+
 WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rollouts_belong_to_grpo,
     _adapter_settings_need_an_adapter,
@@ -306,8 +340,10 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
     _kept_features_need_a_frozen_tower,
     _inputs_wait_only_where_layers_run_twice,
     _rounding_is_for_weights_that_train,
+    _what_unsloth_decides_itself,
 )
 CONTRADICTIONS: tuple[Rule, ...] = (
+    _what_unsloth_cannot_do,
     _groups_fill_a_step,
     _grpo_needs_gradients_in_one_piece,
     _completions_fit_their_packs,

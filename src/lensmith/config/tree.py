@@ -295,6 +295,9 @@ class RunConfig(Section):
 
     model: str = "lensmith/tiny"
     """A name such as Qwen/Qwen3-VL-8B-Instruct, a local folder, or the embedded lensmith/tiny."""
+    engine: Literal["lensmith", "unsloth"] = "lensmith"
+    """Whose model and kernels train. unsloth: Unsloth's own, where it is installed and there is a GPU; rows, pixels, files and
+    everything after training stay the same."""
     task: Literal["sft", "grpo"] = "sft"
     """Supervised fine-tuning on the answers of the data, or reinforcement learning with rewards that compare with them."""
     data: Data = Data()

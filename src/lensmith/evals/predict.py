@@ -194,15 +194,25 @@ def answer_probe(
 
 @contextmanager
 def answering(model: Any) -> Iterator[None]:
-    """Inference mode with every module in eval mode; afterwards each is in the mode it was in."""
+    """Inference mode with every module in eval mode; afterwards each is in the mode it was in.
+
+    A model may bring its own way as an attribute of this function's name (lensmith.model.unsloth).
+    """
+    own = getattr(model, "answering", None)
     try:
-        with evaluating(model), torch.inference_mode():
+        with own(model) if own is not None else _inference(model):
             yield
     finally:
         # generate() leaves the last batch's offsets on the model; a later forward of another batch must not find them.
         for module in model.modules():
             if "rope_deltas" in vars(module):
                 module.rope_deltas = None
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    with evaluating(model), torch.inference_mode():
+        yield
 
 
 def greedy_settings(model: Any, tokenizer: Any, end_token_id: int, max_new_tokens: int) -> GenerationConfig:

@@ -112,7 +112,7 @@ def prepare_trainable(model: nn.Module, tune: Tune, *, seed: int) -> nn.Module:
                 )
             parameter.requires_grad_(True)
     if tune.start_from is not None:
-        _start_from(model, tune, Path(tune.start_from))
+        start_from(model, tune)
     return model
 
 
@@ -341,7 +341,12 @@ def restore_tuned(model: nn.Module, folder: Path) -> None:
     _fill(model, source)
 
 
-def _start_from(model: nn.Module, tune: Tune, folder: Path) -> None:
+def start_from(model: nn.Module, tune: Tune) -> None:
+    """Fill adapter and trained weights from the run, checkpoint or folder `tune.start_from`.
+
+    Raises ModelError where it does not fit what `tune` makes trainable.
+    """
+    folder = Path(str(tune.start_from))
     source = find_tuned(folder)
     where = f"tune.start_from={folder}"
     if (source / ADAPTER_CONFIG).is_file():

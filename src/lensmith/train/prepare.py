@@ -23,10 +23,11 @@ from lensmith.data.scan import Scan, hold_out, scan_source
 from lensmith.data.source import open_source
 from lensmith.errors import ConfigError
 from lensmith.model.adapters import check_tune, prepare_trainable
-from lensmith.model.components import census_table, learning_rates, take_census
+from lensmith.model.components import census_table, learning_rates, states_of, take_census, tower_warning
 from lensmith.model.features import open_features
 from lensmith.model.load import Loaded, choose_device, load_model, load_processor
 from lensmith.model.residence import check_frozen, let_segments_grow, settle_inputs
+from lensmith.model.unsloth import adapt_unsloth, import_unsloth, load_unsloth
 from lensmith.model.versions import check_versions, environment
 from lensmith.plan.answer import check_fits
 from lensmith.plan.cards import usable_gib
@@ -85,6 +86,8 @@ def prepare_run(config: RunConfig, say: Say, *, given: Given | None = None) -> P
     """
     check_versions()
     check_tune(config.tune)
+    if config.engine == "unsloth":
+        import_unsloth()
     given, rewards = given or Given(), None
     if config.task == "grpo":
         # A name that is not there is known before gigabytes of weights are read.
@@ -99,22 +102,36 @@ def prepare_run(config: RunConfig, say: Say, *, given: Given | None = None) -> P
     processor = load_processor(config.model) if given.loaded is None else given.loaded.processor
     encoder = Encoder.from_processor(processor, config.data.image, config.data.video)
     train, held_out = scan_rows(config, encoder, device, say)
-    if device.type == "cuda":
+    unsloth = config.engine == "unsloth"
+    if device.type == "cuda" and not unsloth:
         say(_planned_memory(config, train, device))
     loaded = given.loaded
     if loaded is None:
-        loaded = load_model(config, device=device, processor=processor)
-        for sentence in loaded.sentences:
+        load = load_unsloth if unsloth else load_model
+        loaded = load(config, device=device, processor=processor)
+        for sentence in (*loaded.sentences, *_tower_sentences(config)):
             say(sentence)
     else:
         settle_inputs(loaded.model, config.memory, device)
     plan, dataset = _plan(config, loaded, encoder, train, say)
-    model = prepare_trainable(loaded.model, config.tune, seed=config.seed) if given.model is None else given.model
+    model = _make_trainable(loaded, config) if given.model is None else given.model
     check_frozen(model)
-    loaded.model.keeps_random = config.tune.dropout > 0
-    loaded.model.features = open_features(config.memory, loaded.model.model.visual, loaded.device)
+    if not unsloth:
+        loaded.model.keeps_random = config.tune.dropout > 0
+        loaded.model.features = open_features(config.memory, loaded.model.model.visual, loaded.device)
     say(census_table(take_census(model)))
     return Prepared(config, run, checkpoint, loaded, encoder, model, plan, dataset, held_out, rewards)
+
+
+def _tower_sentences(config: RunConfig) -> list[str]:
+    state = states_of(config.tune)["vision"]
+    return [] if state == "frozen" else [tower_warning(state)]
+
+
+def _make_trainable(loaded: Loaded, config: RunConfig) -> nn.Module:
+    if config.engine == "unsloth":
+        return adapt_unsloth(loaded.model, config)
+    return prepare_trainable(loaded.model, config.tune, seed=config.seed)
 
 
 def _with_default_rate(config: RunConfig) -> RunConfig:
@@ -195,8 +212,8 @@ def longest_row(config: RunConfig, device: torch.device) -> int:
 
 
 def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: Say) -> tuple[StepPlan, StepDataset]:
-    share_prefix = config.pack.share_prefix and not config.tune.dropout
-    if config.pack.share_prefix and not share_prefix:
+    share_prefix = config.pack.share_prefix and not config.tune.dropout and config.engine == "lensmith"
+    if config.pack.share_prefix and config.tune.dropout:
         say(
             f"Prefix sharing is off because tune.dropout is {config.tune.dropout:g}: questions about one image would get "
             "one dropout mask for its tokens instead of one each. Set tune.dropout=0 to have it back."

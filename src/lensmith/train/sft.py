@@ -25,6 +25,7 @@ from lensmith.errors import Interrupted
 from lensmith.model.adapters import TUNED_FOLDER, save_tuned
 from lensmith.model.components import learning_rates, parameter_groups
 from lensmith.model.names import TINY
+from lensmith.model.stock import stock_logprob
 from lensmith.rundir import naming_full_disk
 from lensmith.train.loop import collecting_afterwards
 from lensmith.train.measure import own_optimizer
@@ -81,7 +82,7 @@ def train_prepared(
 ) -> TrainResult:
     """The self-check, the steps and the final save of a prepared run; see `train_model`."""
     config, run, total = prepared.config, prepared.run, len(prepared.plan.steps)
-    if prepared.checkpoint is None and config.pack.check_packs:
+    if prepared.checkpoint is None and config.pack.check_packs and config.engine == "lensmith":
         say(check_first_packs(prepared))
     losses: list[float] = []
 
@@ -164,6 +165,7 @@ def _build_trainer(
         on_stats=on_stats,
         callbacks=callbacks,
         own_optimizer=own_optimizer(prepared.model, config),
+        score=stock_logprob if config.engine == "unsloth" else None,
     )
 
 
@@ -217,7 +219,8 @@ def common_arguments(prepared: Prepared) -> dict[str, Any]:
         "run_name": config.run.name,
         "seed": config.seed,
         "use_cpu": not gpu,
-        "bf16": False,  # weights are in their final type already; autocast would only add casts
+        # Weights are in their final type already; autocast would only add casts. Unsloth counts on it for fp32 adapters.
+        "bf16": config.engine == "unsloth" and loaded.dtype == torch.bfloat16,
         "fp16": loaded.dtype == torch.float16,
         "gradient_checkpointing": False,  # the engine does its own
         "remove_unused_columns": False,

@@ -48,7 +48,9 @@ class SFTTrainer(RunFolderLoop, sft_trainer.SFTTrainer):
         on_stats: Callable[[StepStats], None],
         callbacks: Sequence[TrainerCallback] = (),
         own_optimizer: RoundedAdamW | None = None,
+        score: Callable[[Any, Pack], Tensor] | None = None,
     ) -> None:
+        """`score`: what sums up to the log-probability of a pack's learned tokens, where the model takes no packs."""
         # TRL wants a Dataset and looks for images in its first row; ours are read by the loader, this one only counts.
         rows = Dataset.from_dict({"images": list(range(len(loader)))})
         with kept_values(model):
@@ -57,6 +59,7 @@ class SFTTrainer(RunFolderLoop, sft_trainer.SFTTrainer):
             )
         self._settle(groups=groups, run=run, guard=guard, memory=memory, own_optimizer=own_optimizer)
         self.loader, self.on_stats = loader, on_stats
+        self._score = score or (lambda model, pack: model(pack=pack))
         self._meter = _Meter()
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ class SFTTrainer(RunFolderLoop, sft_trainer.SFTTrainer):
     def compute_loss(  # type: ignore[override]  packs instead of a dict of tensors
         self, model: nn.Module, inputs: Pack, return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> Tensor:
-        return -model(pack=inputs).sum() / num_items_in_batch
+        return -self._score(model, inputs).sum() / num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
