@@ -1,11 +1,12 @@
-"""What attention of one layer costs in each of its two forms over prefixes and branches: milliseconds forward and backward.
+"""What one layer's attention over prefixes and branches costs in each of its two forms, forward and backward.
 
     python benchmarks/attention_forms.py --out benchmarks/results/attention-forms.json
 
-The heads of Qwen3-VL-8B in bf16, through `attend_by_hand` and `attend_backward` as a layer calls them, the two forms in turns.
-The error of each is that of the worst of result and three gradients, relative to fp32 with one softmax per run. At the
-end the three constants of lensmith.model.cascade are solved from all shapes by least squares. `--cpu` runs small shapes
-in fp32, only to see that it runs. Shapes come in the order of their worth and nothing new starts when the budget is spent.
+The heads of Qwen3-VL-8B in bf16, through `attend_by_hand` and `attend_backward` as a layer calls them, the two forms in
+turns. The error of each is that of the worst of result and three gradients, relative to fp32 with one softmax per run.
+At the end the three constants of lensmith.model.cascade are solved from all shapes by least squares. `--cpu` runs small
+shapes in fp32, only to see that it runs. Shapes come in the order of their worth and nothing new starts when the budget
+is spent.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from record import make_record
 
 FORMS: tuple[Form, Form] = ("concatenated", "cascade")
 FIRST = [(2500, 64, 16, 1), (1000, 200, 8, 1), (1000, 200, 8, 2), (300, 1000, 8, 1)]
-"""Prefix, mean branch, branches, groups. Those that the constants were first solved from; the leading one is the headline."""
+"""Prefix, mean branch, branches, groups: what the constants were first solved from. The first is the headline."""
 GRID = [(*shape, 1) for shape in itertools.product((2500, 1000, 300), (64, 200, 1000), (16, 8, 4))]
 TWO_GROUPS = [(2500, 64, 8, 2), (1000, 64, 8, 2), (1000, 200, 4, 2)]
 SHAPES = FIRST + [shape for shape in TWO_GROUPS + GRID if shape not in FIRST]
@@ -74,7 +75,7 @@ def lay_out(prefix: int, branch: int, branches: int, groups: int) -> list[Segmen
 def attend_densely(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, runs: Sequence[Run], scale: float
 ) -> list[Any]:
-    """Result and gradients of query, key and value in fp32: a softmax over all keys of each run, torch's own way back."""
+    """Result and gradients of query, key and value in fp32: one softmax over all keys of each run, torch's own graph."""
     query, key, value, grad = (part.float() for part in (query, key, value, grad))
     group, first = query.shape[1] // key.shape[1], 0
     found = [torch.zeros_like(part) for part in (query, query, key, value)]
@@ -148,7 +149,7 @@ def time_in_turns(steps: dict[Form, Callable[[], Any]], device: torch.device) ->
 
 
 def solve_constants(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """COPIED_US, ASKED_US and FIXED_US of lensmith.model.cascade, from what two parts took more than concatenated keys."""
+    """COPIED_US, ASKED_US, FIXED_US of lensmith.model.cascade, from what two parts took more than concatenated keys."""
     terms = torch.tensor([[-row["copied"], row["asking"], 1.0] for row in rows], dtype=torch.float64)
     more = torch.tensor([row["cascade"]["ms"] - row["concatenated"]["ms"] for row in rows], dtype=torch.float64)
     solved = torch.linalg.lstsq(terms, 1000 * more[:, None], driver="gelsd").solution[:, 0]
@@ -170,7 +171,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             else f"  wrong by {max(one['ms'], two['ms']) / min(one['ms'], two['ms']):.2f}"
         )
         print(
-            f"{row['prefix']:6} {row['branch']:6} {row['branches']:2} {row['groups']:6} {row['tokens']:7} {row['copied']:7} | "
+            f"{row['prefix']:6} {row['branch']:6} {row['branches']:2} {row['groups']:6} "
+            f"{row['tokens']:7} {row['copied']:7} | "
             f"{one['ms']:12.3f} ({one['host_ms']:.2f}) {two['ms']:7.3f} ({two['host_ms']:.2f}) | "
             f"{one['error']:.1e} {two['error']:.1e} | {row['preferred']}{right}"
         )

@@ -1,7 +1,7 @@
 """Attention in two parts is attention: result and all three gradients, over random prefixes and branches, in float64.
 
-The other side is the padded form under torch's own autograd, which test_engine.py compares with transformers. In float64 on
-a CPU each part goes through plain products; merging, backward and sums are those that run around the flash kernels.
+The other side is the padded form under torch's own autograd, which test_engine.py compares with transformers. In
+float64 on a CPU each part goes through plain products; merging, backward and sums are those around the flash kernels.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A pack is cut into *runs*: consecutive queries with one key range (the prefix th
 up to the last of them). Three forms compute the same numbers:
 
 * `varlen`: one call of torch's variable-length flash kernel over concatenated keys; 16-bit types on Ampere or newer.
-* `cascade`: two such calls, a run's own keys and its prefix's, and no copies of a prefix (lensmith.model.cascade); taken
-  instead where that is quicker by the lengths of the runs.
+* `cascade`: two such calls, a run's own keys and its prefix's, and no copies of a prefix (lensmith.model.cascade);
+  taken instead where that is quicker by the lengths of the runs.
 * `padded`: runs of similar length are stacked and go through scaled_dot_product_attention; any device, any precision.
 """
 

@@ -1,13 +1,13 @@
-"""Attention in two parts: every query reads its own segment, and the queries of all branches read the prefix they share.
+"""Attention in two parts: each query reads its own segment, and those of all branches read the prefix they share.
 
-Concatenated keys hold a prefix once for each of its branches, and flash kernels write their gradients once for each query head.
-Here a prefix is read where it stands: its branches' queries, end to end, are one sequence over its keys. A branch's two
-results are put together by their log-sum-exps.
+Concatenated keys hold a prefix once for each of its branches, and flash kernels write their gradients once for each
+query head. Here a prefix is read where it stands: its branches' queries, end to end, are one sequence over its keys. A
+branch's two results are put together by their log-sum-exps.
 
-Not by autograd: flash kernels drop the gradient of the log-sum-exp, so that losses would be right and gradients wrong. Each
-part's backward kernel is given the *merged* result and log-sum-exp instead. It makes shares exp(score - lse) from the one and
-sum(grad * out) from the other, which for merged ones are those of the whole softmax: what comes out is this part's
-share of the true gradient, and nothing has to pass through the merge.
+Not by autograd: flash kernels drop the gradient of the log-sum-exp, so that losses would be right and gradients wrong.
+Each part's backward kernel is given the *merged* result and log-sum-exp instead. It makes shares exp(score - lse) from
+the one and sum(grad * out) from the other, which for merged ones are those of the whole softmax: what comes out is this
+part's share of the true gradient, and nothing has to pass through the merge.
 
 For one level of prefixes; deeper trees concatenate.
 """
@@ -41,9 +41,10 @@ from lensmith.model.flash import (
 
 COPIED_US, ASKED_US, FIXED_US = 0.030, 0.184, 293.0
 """Forward and backward pass of one layer, 8B's heads, bf16, H100, torch 2.11: what concatenating costs for each row of
-keys that it copies, and what two parts cost for each query that is in both, and at all. Least squares over four shapes, given
-as prefix, mean branch, branches; ms concatenated and in two parts: 1000, 200, 8: 1.09, 1.41; two such groups: 1.81, 2.19;
-2500, 64, 16: 2.79, 2.04; 300, 1000, 8: 2.26, 3.90. `benchmarks/attention_forms.py` measures and solves again."""
+keys that it copies, and what two parts cost for each query that is in both, and at all. Least squares over four shapes,
+given as prefix, mean branch, branches; ms concatenated and in two parts: 1000, 200, 8: 1.09, 1.41; two such groups:
+1.81, 2.19; 2500, 64, 16: 2.79, 2.04; 300, 1000, 8: 2.26, 3.90. `benchmarks/attention_forms.py` measures and solves
+again."""
 
 Rows = slice | Int[Tensor, " rows"]
 """Rows of a tensor: a slice where they are neighbours, which is read and added to without a copy."""
@@ -91,8 +92,8 @@ def build_cascade(runs: Sequence[Run], num_keys: int, tensor: ToDevice) -> Casca
     asking = {prefix: np.concatenate(rows) for prefix, rows in readers.items()}
     lengths = [len(rows) for rows in asking.values()], [stop - start for start, stop in asking]
     shared = make_spans(*lengths, causal=False, tensor=tensor)
-    # Told that no run is longer than one query, the kernel has a form of its own, with swapped heads and queries. Otherwise
-    # the number only says how many programs to start.
+    # Told that no run is longer than one query, the kernel has a form of its own, with swapped heads and queries.
+    # Otherwise the number only says how many programs to start.
     shared = replace(shared, max_queries=max(2, shared.max_queries))
     return Cascade(
         own=build_varlen([Run(run.length, run.keys[-1:]) for run in runs], num_keys, True, tensor),

@@ -1,8 +1,9 @@
 """Torch's variable-length flash kernel: what it is given, what it gives back, and the same in plain products.
 
-A call reads queries and keys that are cut into runs, run by run. It is made as torch's varlen_attn makes it, without the
-layers of Python around that, and with the log-sum-exps, which attention in two parts needs (lensmith.model.cascade).
-The plain form is for devices and types that the kernel does not know, float64 on a CPU above all: not for speed.
+A call reads queries and keys that are cut into runs, run by run. It is made as torch's varlen_attn makes it, without
+the layers of Python around that, and with the log-sum-exps, which attention in two parts needs
+(lensmith.model.cascade). The plain form is for devices and types that the kernel does not know, float64 on a CPU above
+all: not for speed.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def flash_forward(
     spans: Spans,
     scale: float,
 ) -> tuple[Float[Tensor, "queries heads width"], Float[Tensor, "heads queries"], tuple[Tensor, ...]]:
-    """The result, the log-sum-exps (fp32), and what the kernel hands to its backward for dropout, of which there is none."""
+    """Result, log-sum-exps in fp32, and what the kernel hands to its backward for dropout, of which there is none."""
     out, lse, *random = torch.ops.aten._flash_attention_forward(
         query, key, value, *_lengths(spans), 0.0, spans.causal, False, scale=scale, **_window(spans)
     )[:4]
@@ -143,7 +144,7 @@ def plain_backward(
     spans: Spans,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `flash_backward`: from result and log-sum-exps (FlashAttention, arXiv:2205.14135, algorithm 4), without a graph."""
+    """As `flash_backward`, without a graph: FlashAttention's own way back (arXiv:2205.14135, algorithm 4)."""
     query, key, value = inputs
     grad, out = grad.to(lse.dtype), out.to(lse.dtype)
     grads = [torch.zeros_like(part, dtype=lse.dtype) for part in inputs]
