@@ -75,7 +75,7 @@ def lay_out(prefix: int, branch: int, branches: int, groups: int) -> list[Segmen
 def attend_densely(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, runs: Sequence[Run], scale: float
 ) -> list[Any]:
-    """Result and gradients of query, key and value in fp32: one softmax over all keys of each run, torch's own graph."""
+    """Result and gradients of query, key and value in fp32: a softmax over each run's keys, torch's own graph."""
     query, key, value, grad = (part.float() for part in (query, key, value, grad))
     group, first = query.shape[1] // key.shape[1], 0
     found = [torch.zeros_like(part) for part in (query, query, key, value)]
