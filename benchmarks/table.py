@@ -18,6 +18,7 @@ ELSEWHERE = (
     "memory-grid-32b",
     "memory-ladder",
     "decode-kernels",
+    "attention-forms",
     "example-latex-ocr",
     "example-visual-math-grpo",
 )

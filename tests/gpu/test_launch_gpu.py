@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lensmith.model import kernels
-from lensmith.model.attention import Run, _build_varlen, ungather
+from lensmith.model.flash import Run, build_varlen, ungather
 from lensmith.model.head import token_logprobs
 from lensmith.model.launch import Launcher, direct_launches_work
 
@@ -71,7 +71,7 @@ def test_gated_products_err_no_more_than_rounding(tokens, inner):
 @pytest.mark.parametrize("kv_heads", [8, 3])
 def test_gradients_of_shared_keys_are_summed_in_fp32_and_rounded_once(kv_heads):
     runs = [Run(935, ((0, 935),)), *(Run(200, ((0, 935), (935 + 200 * n, 1135 + 200 * n))) for n in range(8))]
-    layout = _build_varlen(runs, 2535, True, lambda array: torch.from_numpy(array).cuda())
+    layout = build_varlen(runs, 2535, True, lambda array: torch.from_numpy(array).cuda())
     assert layout.gather is not None
     grads = [draw(len(layout.gather), kv_heads, 128, seed=seed) for seed in (1, 2)]
     wanted = [

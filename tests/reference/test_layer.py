@@ -5,6 +5,7 @@ In float64 on the tiny model; the step-by-step path itself is compared with tran
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +17,8 @@ from test_quant import QLORA, load_for
 from torch.testing import assert_close
 
 from lensmith.config.tree import Memory, Tune
-from lensmith.model import attention
+from lensmith.model import attention, cascade, flash
+from lensmith.model import engine as engine_module
 from lensmith.model.adapters import prepare_trainable
 from lensmith.model.engine import Engine
 from lensmith.model.kernels import (
@@ -126,60 +128,40 @@ def test_a_shared_prefix_with_branches_is_the_same_in_one_step(build_tiny, build
     check_same(tuned, pack, fused=LAYERS - 1, expected_gradients=LAYERS * 7 * 2)
 
 
-def each_run(query, key, value, cu_q, cu_k, causal, scale):
-    """Of each run the query rows, the key rows and, per query head, scores and keys and values."""
-    group, cuts = query.shape[1] // key.shape[1], [torch.stack([cu[:-1], cu[1:]], 1).tolist() for cu in (cu_q, cu_k)]
-    for q, k in zip(*cuts, strict=True):
-        keys, values = (part[slice(*k)].repeat_interleave(group, 1) for part in (key, value))
-        scores = torch.einsum("qhw,khw->hqk", query[slice(*q)], keys) * scale
-        if causal:
-            seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
-            scores = scores.masked_fill(~seen, -torch.inf)
-        yield slice(*q), slice(*k), scores, keys, values
-
-
-def flash_forward(query, key, value, cu_q, cu_k, *rest, scale, **window):
-    """What aten's flash kernel computes, run by run: causal from the lower right corner, key heads shared by groups."""
-    causal = rest[3]
-    assert (rest[2], window["window_size_left"]) == (0.0, -1)
+def kernel_forward(query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, *debug, scale, **window):
+    """In the place of aten's flash kernel."""
+    assert (dropout, window["window_size_left"]) == (0.0, -1)
     assert window["window_size_right"] == (0 if causal else -1)
-    outs, lses = [], []
-    for _, _, scores, _, values in each_run(query, key, value, cu_q, cu_k, causal, scale):
-        outs.append(torch.einsum("hqk,khw->qhw", scores.softmax(-1), values))
-        lses.append(scores.logsumexp(-1))
-    nothing = torch.zeros(2, dtype=torch.uint64)
-    return torch.cat(outs), torch.cat(lses, 1), nothing, torch.empty(0), torch.empty(0)
+    out, lse, _ = flash.plain_forward(query, key, value, flash.Spans(causal, cu_q, cu_k, max_q, max_k), scale)
+    return out, lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
 
-def flash_backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, *random, scale, **_):
-    """FlashAttention's own way back (arXiv:2205.14135, algorithm 4): from the log-sum-exps, no graph."""
+def kernel_backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, *random, scale, **_):
     assert [len(part) for part in random] == [2, 0]
-    grads = [torch.zeros_like(part) for part in (query, key, value)]
-    groups = (key.shape[1], -1)
-    for q, k, scores, keys, values in each_run(query, key, value, cu_q, cu_k, causal, scale):
-        share = (scores - lse[:, q, None]).exp()
-        grad_share = torch.einsum("qhw,khw->hqk", grad[q], values) - (grad[q] * out[q]).sum(-1).T[..., None]
-        grad_scores = share * grad_share * scale
-        grads[0][q] = torch.einsum("hqk,khw->qhw", grad_scores, keys)
-        grads[1][k] = torch.einsum("hqk,qhw->khw", grad_scores, query[q]).unflatten(1, groups).sum(2)
-        grads[2][k] = torch.einsum("hqk,qhw->khw", share, grad[q]).unflatten(1, groups).sum(2)
-    return tuple(grads)
+    assert lse.is_contiguous()
+    spans = flash.Spans(causal, cu_q, cu_k, max_q, max_k)
+    return flash.plain_backward(grad, (query, key, value), out, lse, (), spans, scale)
 
 
+@pytest.mark.parametrize(("form", "kind"), [("concatenated", flash.Varlen), ("cascade", cascade.Cascade)])
 @pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_the_flash_kernels_are_called_for_what_the_padded_form_computes(
-    build_tiny, build_sample, monkeypatch, recompute
+    build_tiny, build_sample, monkeypatch, recompute, form, kind
 ):
-    """With a stand-in for the kernels themselves: arguments, gathered prefix keys and their gradients are ours."""
+    """With a stand-in for the kernels themselves: arguments, shared keys and their gradients are ours."""
     tuned = adapted(build_tiny(cls=Engine))
     model = engine(tuned)
     model.recompute = recompute
     pack = with_branches(model, build_sample)
     expected, their_grads = run(tuned, pack)
-    monkeypatch.setattr(attention, "varlen_available", lambda device, dtype: True)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
-    assert isinstance(model._route(pack).layout, attention.Varlen)
+    for module in (attention, cascade):
+        monkeypatch.setattr(module, "varlen_available", lambda device, dtype: True)
+    monkeypatch.setattr(engine_module, "build_layout", functools.partial(attention.build_layout, form=form))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", kernel_backward)
+    route = model._route(pack)
+    assert isinstance(route.layout, kind)
+    assert isinstance(route.last_layout, kind)
     found, our_grads = run(tuned, pack)
     assert_close(found, expected)
     assert_close(our_grads, their_grads)

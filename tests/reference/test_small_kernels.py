@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lensmith.model.attention import Run, _build_varlen
+from lensmith.model.flash import Run, build_varlen
 
 
 def gated_case(tokens: int, inner: int, dtype: Any) -> Any:
@@ -45,9 +45,9 @@ RUNS = [Run(6, ((0, 6),)), Run(3, ((0, 6), (6, 9))), Run(5, ((0, 6), (9, 14))), 
 
 
 def shared_case(dtype: Any, kv_heads: int, width: int) -> Any:
-    from lensmith.model import attention
+    from lensmith.model import flash
 
-    layout = _build_varlen(RUNS, 16, True, torch.from_numpy)
+    layout = build_varlen(RUNS, 16, True, torch.from_numpy)
     assert layout.gather is not None
     assert layout.readers is not None
     generator = torch.Generator().manual_seed(0)
@@ -60,9 +60,9 @@ def shared_case(dtype: Any, kv_heads: int, width: int) -> Any:
         for grad in grads
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_sums_at_once", lambda grad: True)
-        ours = attention.ungather(grads[0], grads[1], layout)
-    plain = attention.ungather(grads[0], grads[1], layout)
+        patch.setattr(flash, "_sums_at_once", lambda grad: True)
+        ours = flash.ungather(grads[0], grads[1], layout)
+    plain = flash.ungather(grads[0], grads[1], layout)
     return ours, plain, wanted
 
 
@@ -80,7 +80,7 @@ def test_rows_without_company_are_given_back_as_they_are(interpreted):
 
 
 def test_a_row_that_nobody_reads_gets_nothing():
-    layout = _build_varlen([Run(2, ((0, 2),)), Run(2, ((0, 1), (3, 5)))], 5, True, torch.from_numpy)
+    layout = build_varlen([Run(2, ((0, 2),)), Run(2, ((0, 1), (3, 5)))], 5, True, torch.from_numpy)
     assert layout.readers is not None
     order, starts = layout.readers
     assert np.diff(starts).tolist() == [2, 1, 0, 1, 1]

@@ -1,13 +1,12 @@
 """Attention over a pack: every query run reads its ancestors and itself, nothing else.
 
 A pack is cut into *runs*: consecutive queries with one key range (the prefix they share, if any, and their own segment
-up to the last of them). Two forms compute the same numbers:
+up to the last of them). Three forms compute the same numbers:
 
 * `varlen`: one call of torch's variable-length flash kernel over concatenated keys; 16-bit types on Ampere or newer.
+* `cascade`: two such calls, a run's own keys and its prefix's, and no copies of a prefix (lensmith.model.cascade);
+  taken instead where that is quicker by the lengths of the runs.
 * `padded`: runs of similar length are stacked and go through scaled_dot_product_attention; any device, any precision.
-
-Merging two attention parts by autograd through (out, lse) would give right losses and wrong gradients, because flash
-kernels drop the gradient of the lse; concatenating keys needs no merge at all.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,10 +23,27 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lensmith.model.quant import has_triton
+from lensmith.model.cascade import (
+    AttendCascade,
+    Cascade,
+    build_cascade,
+    cascade_backward,
+    cascade_forward,
+    fits_cascade,
+    prefers_cascade,
+)
+from lensmith.model.flash import (
+    Run,
+    ToDevice,
+    Varlen,
+    build_varlen,
+    flash_backward,
+    flash_forward,
+    key_rows,
+    ungather,
+    varlen_available,
+)
 from lensmith.types import Segment
-
-ToDevice = Callable[[np.ndarray], Tensor]
 
 BUCKET_GROWTH = 1.25
 """Runs share a padded bucket while the longest is at most this many times the shortest."""
@@ -35,19 +51,6 @@ BUCKET_GROWTH = 1.25
 SHORT_RUN = 64
 """On a CPU runs up to this long go through plain products: 5.2 ms instead of 12.0, forward and backward, for 142 runs of
 19 queries and 28 keys (two cores; torch's flash kernel has blocks of 32 rows and more)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Queries `first .. first + length - 1` of the query tensor and the rows of the key tensor that they read."""
-
-    length: int
-    keys: tuple[tuple[int, int], ...]
-    """Half-open row ranges, ancestors first; the queries are aligned with the end of the last range."""
-
-    @property
-    def num_keys(self) -> int:
-        return sum(stop - start for start, stop in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +66,6 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Varlen:
-    """Layout for the flash kernel, as index tensors on its device."""
-
-    causal: bool
-    cu_queries: Int[Tensor, " runs_and_one"]
-    cu_keys: Int[Tensor, " runs_and_one"]
-    max_queries: int
-    max_keys: int
-    gather: Int[Tensor, " keys"] | None
-    """Rows of the key tensor in the order of the runs; None where that is the tensor as it stands."""
-    readers: tuple[Int[Tensor, " keys"], Int[Tensor, " rows_and_one"]] | None
-    """The way back of `gather`, None with it: its places sorted by the row that they read, and where each row's start."""
-
-
-@dataclass(frozen=True, slots=True)
 class Padded:
     """Layout for stacked runs."""
 
@@ -86,8 +74,11 @@ class Padded:
     """Puts the buckets' queries back into pack order; None where they are in it."""
 
 
-Layout = Varlen | Padded
+Layout = Varlen | Cascade | Padded
 """Which keys each query of a pack reads."""
+
+Form = Literal["measured", "concatenated", "cascade"]
+"""`measured`: by the lengths of the runs. The others ask for one form, `cascade` where the runs fit it at all."""
 
 
 def segment_runs(segments: Sequence[Segment]) -> list[Run]:
@@ -119,47 +110,36 @@ def _ancestors(segments: Sequence[Segment], segment: Segment) -> list[tuple[int,
 
 
 def build_layout(
-    runs: Sequence[Run], *, num_keys: int, causal: bool, device: torch.device, dtype: torch.dtype
+    runs: Sequence[Run],
+    *,
+    num_keys: int,
+    causal: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    form: Form = "measured",
 ) -> Layout:
-    """Index tensors for `runs`, in query order, over a key tensor of `num_keys` rows; on `device`, for the form it uses."""
+    """Index tensors for `runs`, in query order, over a key tensor of `num_keys` rows; on `device`, for the form it uses.
+
+    Without flash kernels `measured` and `concatenated` are the padded form.
+    """
     tensor = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
-    build = _build_varlen if varlen_available(device, dtype) else _build_padded
+    has_flash = varlen_available(device, dtype)
+    wants_two = form == "cascade" or (form == "measured" and has_flash and prefers_cascade(runs))
+    if wants_two and fits_cascade(runs, causal=causal):
+        return build_cascade(runs, num_keys, tensor)
+    build = build_varlen if has_flash else _build_padded
     return build(runs, num_keys, causal, tensor)
 
 
-def _key_rows(runs: Sequence[Run]) -> list[Int[np.ndarray, " keys"]]:
-    return [np.concatenate([np.arange(*span) for span in run.keys]) for run in runs]
-
-
-def _build_varlen(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDevice) -> Varlen:
-    gather = np.concatenate(_key_rows(runs))
-    in_order = len(gather) == num_keys and bool((np.diff(gather) == 1).all())
-    queries, keys = [run.length for run in runs], [run.num_keys for run in runs]
-    readers = None
-    if not in_order:
-        order = np.argsort(gather, kind="stable").astype(np.int32)
-        starts = np.searchsorted(gather[order], np.arange(num_keys + 1)).astype(np.int32)
-        readers = tensor(order), tensor(starts)
-    return Varlen(
-        causal=causal,
-        cu_queries=tensor(np.cumsum([0, *queries], dtype=np.int32)),
-        cu_keys=tensor(np.cumsum([0, *keys], dtype=np.int32)),
-        max_queries=max(queries),
-        max_keys=max(keys),
-        gather=None if in_order else tensor(gather),
-        readers=readers,
-    )
-
-
 def _build_padded(runs: Sequence[Run], num_keys: int, causal: bool, tensor: ToDevice) -> Padded:
-    lengths, key_rows = np.array([run.length for run in runs]), _key_rows(runs)
+    lengths, rows_read = np.array([run.length for run in runs]), key_rows(runs)
     starts = np.cumsum(lengths) - lengths
     members = _buckets(lengths, np.array([run.num_keys for run in runs]))
     rows = np.split(np.arange(lengths.sum()), starts[1:])
     order = np.concatenate([rows[i] for bucket in members for i in bucket])
     return Padded(
         buckets=tuple(
-            _stack_bucket(lengths[bucket], starts[bucket], [key_rows[i] for i in bucket], causal, tensor)
+            _stack_bucket(lengths[bucket], starts[bucket], [rows_read[i] for i in bucket], causal, tensor)
             for bucket in members
         ),
         order=tensor(np.argsort(order)) if (np.diff(order) != 1).any() else None,
@@ -200,7 +180,9 @@ def attend(
     layout: Layout,
     scale: float,
 ) -> Float[Tensor, "queries heads width"]:
-    """Attention of every run over its own keys. Gradients reach query, key and value in both forms."""
+    """Attention of every run over its own keys. Gradients reach query, key and value in all forms."""
+    if isinstance(layout, Cascade):
+        return AttendCascade.apply(query, key, value, layout, scale)  # type: ignore[return-value]
     attend_form = _attend_varlen if isinstance(layout, Varlen) else _attend_padded
     return attend_form(query, key, value, layout, scale)  # type: ignore[arg-type]
 
@@ -211,16 +193,17 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Varlen, sc
     if layout.gather is not None:
         key, value = key[layout.gather], value[layout.gather]
     call: Callable[..., Any] = varlen_attn  # its keywords differ between releases
+    spans = layout.spans
     return call(
         query,
         key,
         value,
-        layout.cu_queries,
-        layout.cu_keys,
-        layout.max_queries,
-        layout.max_keys,
+        spans.cu_queries,
+        spans.cu_keys,
+        spans.max_queries,
+        spans.max_keys,
         scale=scale,
-        window_size=(-1, 0) if layout.causal else (-1, -1),
+        window_size=(-1, 0) if spans.causal else (-1, -1),
         **_grouped_heads_flag(),
     )
 
@@ -232,11 +215,11 @@ class Attended:
     layout: Layout
     scale: float
     inputs: tuple[Tensor, Tensor, Tensor]
-    """Query, key and value as the kernel got them: gathered, where the layout gathers."""
+    """Query, key and value; of a Varlen layout as the kernel got them: gathered, where it gathers."""
     out: Tensor
     lse: Tensor | None = None
-    random: tuple[Tensor, Tensor] | None = None
-    """What the flash kernel hands to its backward for dropout, of which there is none."""
+    random: tuple[Tensor, ...] = ()
+    """What the flash kernels hand to their backward for dropout, of which there is none."""
 
 
 def attend_by_hand(
@@ -250,11 +233,13 @@ def attend_by_hand(
 ) -> tuple[Float[Tensor, "queries heads width"], Attended | None]:
     """`attend` outside of any graph, and what `attend_backward` needs if `keeps`.
 
-    The flash kernels are called as torch's varlen_attn calls them, without the layers of Python around them. The padded
-    form keeps a graph of its own from query, key and value to the output.
+    The padded form keeps a graph of its own from query, key and value to the output; the others need none.
     """
     if isinstance(layout, Varlen):
         return _flash_by_hand(query, key, value, layout, scale, keeps=keeps)
+    if isinstance(layout, Cascade):
+        out, lse, random = cascade_forward(query, key, value, layout, scale)
+        return out, Attended(layout, scale, (query, key, value), out, lse, random) if keeps else None
     if not keeps:
         return attend(query, key, value, layout, scale), None
     with torch.enable_grad():
@@ -265,9 +250,17 @@ def attend_by_hand(
 
 def attend_backward(grad: Float[Tensor, "queries heads width"], attended: Attended) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; once."""
-    if isinstance(attended.layout, Varlen):
-        return _flash_backward(grad, attended, attended.layout)
-    return torch.autograd.grad(attended.out, attended.inputs, grad)  # type: ignore[return-value]
+    layout, lse = attended.layout, attended.lse
+    if lse is None:
+        return torch.autograd.grad(attended.out, attended.inputs, grad)  # type: ignore[return-value]
+    kept = attended.inputs, attended.out, lse, attended.random
+    if isinstance(layout, Cascade):
+        return cascade_backward(grad, *kept, layout, attended.scale)
+    assert isinstance(layout, Varlen), "the padded form keeps a graph, no log-sum-exps"
+    grad_query, grad_key, grad_value = flash_backward(grad, *kept, layout.spans, attended.scale)
+    if layout.gather is not None:
+        grad_key, grad_value = ungather(grad_key, grad_value, layout)
+    return grad_query, grad_key, grad_value
 
 
 def _flash_by_hand(
@@ -275,71 +268,8 @@ def _flash_by_hand(
 ) -> tuple[Tensor, Attended | None]:
     if layout.gather is not None:
         key, value = key.index_select(0, layout.gather), value.index_select(0, layout.gather)
-    out, lse, *random = torch.ops.aten._flash_attention_forward(
-        query, key, value, *_flash_lengths(layout), 0.0, layout.causal, False, scale=scale, **_flash_window(layout)
-    )[:4]
-    if not keeps:
-        return out, None
-    return out, Attended(layout, scale, (query, key, value), out, lse, tuple(random))  # type: ignore[arg-type]
-
-
-def _flash_backward(grad: Tensor, attended: Attended, layout: Varlen) -> tuple[Tensor, Tensor, Tensor]:
-    assert attended.random is not None, "set by _flash_by_hand"
-    grad_query, grad_key, grad_value = torch.ops.aten._flash_attention_backward(
-        grad,
-        *attended.inputs,
-        attended.out,
-        attended.lse,
-        *_flash_lengths(layout),
-        0.0,
-        layout.causal,
-        *attended.random,
-        scale=attended.scale,
-        **_flash_window(layout),
-    )
-    if layout.gather is not None:
-        grad_key, grad_value = ungather(grad_key, grad_value, layout)
-    return grad_query, grad_key, grad_value
-
-
-def ungather(
-    grad_key: Float[Tensor, "gathered kv_heads width"],
-    grad_value: Float[Tensor, "gathered kv_heads width"],
-    layout: Varlen,
-) -> tuple[Float[Tensor, "rows kv_heads width"], Float[Tensor, "rows kv_heads width"]]:
-    """Gradients of gathered keys and values, summed in fp32 to the rows that they were gathered from, and rounded once."""
-    assert layout.gather is not None, "asked for by the caller"
-    assert layout.readers is not None, "comes with it"
-    order, starts = layout.readers
-    shape = (len(starts) - 1, *grad_key.shape[1:])
-    if not _sums_at_once(grad_key):
-        # In 16 bits index_add_ would round after each branch. (The backward pass of indexing sorts its rows instead.)
-        exact = torch.promote_types(grad_key.dtype, torch.float32)
-        summed = [grad.new_zeros(shape, dtype=exact) for grad in (grad_key, grad_value)]
-        pairs = zip(summed, (grad_key, grad_value), strict=True)
-        key, value = (total.index_add_(0, layout.gather, grad.to(exact)).to(grad.dtype) for total, grad in pairs)
-        return key, value
-    from lensmith.model.attention_kernels import BLOCK, launch_add_shared
-
-    sources = [grad.flatten(1) for grad in (grad_key, grad_value)]
-    key, value = grad_key.new_empty(shape), grad_value.new_empty(shape)
-    width = sources[0].shape[1]
-    grid, strides = (shape[0], -(-width // BLOCK)), [source.stride(0) for source in sources]
-    launch_add_shared(grid, (*sources, order, starts, key, value), strides, (), (width, BLOCK))
-    return key, value
-
-
-def _sums_at_once(grad: Tensor) -> bool:
-    """Whether one kernel of ours does it: Triton's, so on Linux."""
-    return grad.is_cuda and has_triton()
-
-
-def _flash_lengths(layout: Varlen) -> tuple[Tensor, Tensor, int, int]:
-    return layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys
-
-
-def _flash_window(layout: Varlen) -> dict[str, int]:
-    return {"window_size_left": -1, "window_size_right": 0 if layout.causal else -1}
+    out, lse, random = flash_forward(query, key, value, layout.spans, scale)
+    return out, Attended(layout, scale, (query, key, value), out, lse, random) if keeps else None
 
 
 @cache
@@ -381,11 +311,3 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 def _take(rows: Float[Tensor, "rows heads width"], index: Int[Tensor, "runs longest"]) -> Tensor:
     # index_select: its backward adds rows, that of plain indexing sorts them first.
     return rows.index_select(0, index.flatten()).unflatten(0, tuple(index.shape))
-
-
-@cache
-def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length flash kernel runs here: 16-bit types on compute capability 8.0 or newer."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
