@@ -43,8 +43,8 @@ def import_unsloth() -> Any:
 
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"engine=unsloth: Unsloth {version(PACKAGE)} needs a GPU for models of pictures, and torch {torch.__version__} sees none "
-            "here. Set engine=lensmith, which runs on a CPU as well."
+            f"engine=unsloth: Unsloth {version(PACKAGE)} needs a GPU for models of pictures, and torch {torch.__version__} "
+            "sees none here. Set engine=lensmith, which runs on a CPU as well."
         )
     # It would ask a server for a file to be counted.
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
