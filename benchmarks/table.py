@@ -38,8 +38,8 @@ ROWS = {
     "demo-grpo-whole-s": "`lensmith demo grpo`: all of it, on two CPU cores, slowest of three seeds",
     "w1-8b-qlora-recompute-layers": "Qwen3-VL-8B QLoRA, 8 samples of 256 to 1,200 image tokens a step, with recompute",
     "w1-8b-qlora-recompute-none": "the same without recompute",
-    "w1-8b-qlora-unsloth": "the same with Unsloth",
-    "w1-8b-qlora-trl": "the same with stock TRL",
+    "w1-8b-qlora-unsloth": "the same with recompute, by `engine: unsloth`",
+    "w1-8b-qlora-trl": "the same with recompute, by stock TRL",
     "w1-8b-qlora-low": "the same, ours, with embedding, tower and layer inputs in host memory",
     "8b-qlora-1": "Qwen3-VL-8B QLoRA, one sample a step, low memory",
     "4b-qlora-1": "Qwen3-VL-4B QLoRA, one sample a step, low memory",
@@ -102,6 +102,25 @@ def draw_ladder(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(
         [*lines, "", f"`{result['command']}` on one {result['gpu_or_cpu']}, {result['date']}: {result['file']}."]
     )
+
+
+ENGINES = {
+    # Result -> the settings that make it, beyond those that all have.
+    "w1-8b-qlora-unsloth": "engine=unsloth",
+    "w1-8b-qlora-recompute-layers": "engine=lensmith",
+    "w1-8b-qlora-low": "engine=lensmith memory.offload=inputs memory.embedding=host memory.tower=host",
+    "w1-8b-qlora-recompute-none": "engine=lensmith memory.recompute=none",
+}
+
+
+def draw_engines(results: dict[str, dict[str, Any]]) -> str:
+    """docs/unsloth.md: the same rows by either engine."""
+    lines = ["| Settings | Seconds | Peak reserved GiB | Measured |", "|---|--:|--:|---|"]
+    for name, settings in ENGINES.items():
+        one = results[name]
+        link = f"[{one['date']}](../benchmarks/results/{one['file']}), {one['gpu_or_cpu']}"
+        lines.append(f"| `{settings}` | {one['value']:.3f} | {one['peak_reserved_gib']:.1f} | {link} |")
+    return "\n".join(lines)
 
 
 def draw_example(result: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import typer
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.table import draw_example, draw_ladder, fill_table, read_results  # noqa: E402
+from benchmarks.table import draw_example, draw_engines, draw_ladder, fill_table, read_results  # noqa: E402
 from tools.guide_checked.page import PAGES, draw_page  # noqa: E402
 
 from lensmith.check.findings import CODES  # noqa: E402
@@ -56,6 +56,8 @@ CODES_START = "<!-- codes: written by tools/write_docs.py from src/lensmith/chec
 CODES_END = "<!-- /codes -->"
 LADDER_START = "<!-- ladder: written by tools/write_docs.py from benchmarks/results/memory-ladder.json -->"
 LADDER_END = "<!-- /ladder -->"
+ENGINES_START = "<!-- engines: written by tools/write_docs.py from benchmarks/results -->"
+ENGINES_END = "<!-- /engines -->"
 REWARDS_START = "<!-- rewards: written by tools/write_docs.py from src/lensmith/train/reward_functions.py -->"
 REWARDS_END = "<!-- /rewards -->"
 METRICS_START = "<!-- metrics: written by tools/write_docs.py from src/lensmith/evals/metrics.py -->"
@@ -300,6 +302,7 @@ def pages() -> dict[Path, str]:
         docs / "convert.md": fill(docs / "convert.md", NAMES_START, names_tables(), NAMES_END),
         docs / "plan.md": fill(docs / "plan.md", FIT_START, fit_table(), FIT_END),
         docs / "memory.md": fill(docs / "memory.md", LADDER_START, draw_ladder(read_results()), LADDER_END),
+        docs / "unsloth.md": fill(docs / "unsloth.md", ENGINES_START, draw_engines(read_results()), ENGINES_END),
         docs / "evaluation.md": fill(docs / "evaluation.md", METRICS_START, metrics_table(), METRICS_END),
         docs / "recipe.md": fill(docs / "recipe.md", RECIPE_START, recipe_tables(), RECIPE_END),
         docs / "rewards.md": fill(docs / "rewards.md", REWARDS_START, rewards_table(), REWARDS_END),

@@ -125,6 +125,8 @@ SINGLE: dict[str, tuple[str, str, str]] = {
     "w1_none.s": ("w1-8b-qlora-recompute-none", "value", ".4g"),
     "w1_low.gib": ("w1-8b-qlora-low", "peak_reserved_gib", ".1f"),
     "w1_low.s": ("w1-8b-qlora-low", "value", ".4g"),
+    "w1_unsloth.gib": ("w1-8b-qlora-unsloth", "peak_reserved_gib", ".1f"),
+    "w1_unsloth.s": ("w1-8b-qlora-unsloth", "value", ".4g"),
     "w2.gib": ("grpo-w2-8b", "peak_reserved_gib", ".1f"),
     "w2.s": ("grpo-w2-8b", "value", ".4g"),
     "w2_trl.gib": ("grpo-w2-8b-trl", "peak_reserved_gib", ".1f"),
