@@ -118,7 +118,7 @@ def draw_engines(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| Settings | Seconds | Peak reserved GiB | Measured |", "|---|--:|--:|---|"]
     for name, settings in ENGINES.items():
         one = results[name]
-        link = f"[{one['date']}](../benchmarks/results/{one['file']}), {one['gpu_or_cpu']}"
+        link = f"[{one['date']}](../{one['file']}), {one['gpu_or_cpu']}"
         lines.append(f"| `{settings}` | {one['value']:.3f} | {one['peak_reserved_gib']:.1f} | {link} |")
     return "\n".join(lines)
 

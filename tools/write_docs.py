@@ -21,7 +21,7 @@ import typer
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.table import draw_example, draw_engines, draw_ladder, fill_table, read_results  # noqa: E402
+from benchmarks.table import draw_engines, draw_example, draw_ladder, fill_table, read_results  # noqa: E402
 from tools.guide_checked.page import PAGES, draw_page  # noqa: E402
 
 from lensmith.check.findings import CODES  # noqa: E402
