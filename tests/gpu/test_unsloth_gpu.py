@@ -40,8 +40,9 @@ def lensmith(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "lensmith", *arguments, "--json"]
     # Unsloth compiles for a minute and a half, which changes its speed and not what it computes.
     environment = os.environ | {"UNSLOTH_COMPILE_DISABLE": "1"}
-    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
-    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
+    # What it says goes to the terminal, so that one that is stopped has been heard.
+    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stdout[-4000:]
     return json.loads(ended.stdout)
 
 
