@@ -271,6 +271,58 @@ def _rollouts_belong_to_grpo(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{section}.{name}", "has no effect with task=sft. Remove it, or set task=grpo.")
 
 
+def _vllm_settings_need_vllm(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.rollout
+    if rollout.engine != "vllm":
+        for name in ("vllm_mode", "vllm_gpu_share", "vllm_server"):
+            yield Problem(
+                f"rollout.{name}",
+                f"has no effect with rollout.engine={rollout.engine}. Remove it, or set rollout.engine=vllm.",
+            )
+        return
+    other, mode = ("vllm_server", "server") if rollout.vllm_mode == "colocate" else ("vllm_gpu_share", "colocate")
+    yield Problem(
+        f"rollout.{other}",
+        f"has no effect with rollout.vllm_mode={rollout.vllm_mode}. Remove it, or set rollout.vllm_mode={mode}.",
+    )
+    yield Problem(
+        "rollout.batch",
+        "has no effect with rollout.engine=vllm, which decides itself how many completions it writes together. Remove it.",
+    )
+
+
+def _vllm_tells_what_training_computes(config: RunConfig) -> Iterator[Problem]:
+    if config.task != "grpo" or config.rollout.engine != "vllm":
+        return
+    for name in ("top_p", "top_k", "min_p"):
+        if getattr(config.grpo, name) is not None:
+            yield Problem(
+                f"grpo.{name}",
+                "but rollout.engine=vllm: vLLM tells log-probabilities after that filter and training computes them before "
+                "it, so nobody could see that the two models differ. Remove it, or set rollout.engine=builtin.",
+            )
+
+
+def _vllm_gets_whole_weights(config: RunConfig) -> Iterator[Problem]:
+    if config.task != "grpo" or config.rollout.engine != "vllm":
+        return
+    away = "Set rollout.engine=builtin, which writes completions with the weights as they are"
+    if config.tune.dora:
+        yield Problem("tune.dora", f"but rollout.engine=vllm is handed W + scale B A. {away}, or tune.dora=false.")
+    if config.memory.stream_layers:
+        yield Problem("memory.stream_layers", f"but rollout.engine=vllm is handed weights that stay. {away}.")
+    if config.memory.head_bits != 16:
+        yield Problem("memory.head_bits", f"but rollout.engine=vllm has a head of 16 bits. {away}, or remove it.")
+    if config.rollout.vllm_mode == "server":
+        for name in ("vision", "merger"):
+            if getattr(config.tune, name) != "frozen":
+                yield Problem(
+                    f"tune.{name}",
+                    "but rollout.vllm_mode=server: a server keeps features of pictures and cannot be told that they are old. "
+                    f"Set rollout.vllm_mode=colocate, or tune.{name}=frozen.",
+                )
+
+
 def _groups_fill_a_step(config: RunConfig) -> Iterator[Problem]:
     if config.task == "grpo" and config.optim.effective_samples % config.grpo.group:
         yield Problem(
@@ -295,6 +347,7 @@ def _completions_fit_their_packs(config: RunConfig) -> Iterator[Problem]:
 
 WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rollouts_belong_to_grpo,
+    _vllm_settings_need_vllm,
     _adapter_settings_need_an_adapter,
     _projections_need_a_moving_language,
     _quantised_vision_needs_qlora,
@@ -311,6 +364,8 @@ CONTRADICTIONS: tuple[Rule, ...] = (
     _groups_fill_a_step,
     _grpo_needs_gradients_in_one_piece,
     _completions_fit_their_packs,
+    _vllm_tells_what_training_computes,
+    _vllm_gets_whole_weights,
     _image_range_is_not_empty,
     _a_moving_language_has_projections,
     _something_is_trained,
