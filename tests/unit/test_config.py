@@ -221,6 +221,14 @@ def test_an_override_without_a_value_says_how_to_write_it():
         (["memory.recompute=none", "memory.offload=inputs"], "memory.offload"),
         (["optim.rounding=nearest"], "optim.rounding"),
         (["grpo.group=4"], "grpo.group"),
+        (["task=grpo", "rollout.vllm_mode=server"], "rollout.vllm_mode"),
+        (["task=grpo", "rollout.engine=builtin", "rollout.vllm_gpu_share=0.3"], "rollout.vllm_gpu_share"),
+        (["task=grpo", "rollout.engine=vllm", "rollout.vllm_server=http://127.0.0.1:8000"], "rollout.vllm_server"),
+        (
+            ["task=grpo", "rollout.engine=vllm", "rollout.vllm_mode=server", "rollout.vllm_gpu_share=0.3"],
+            "rollout.vllm_gpu_share",
+        ),
+        (["task=grpo", "rollout.engine=vllm", "rollout.batch=8"], "rollout.batch"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, path):
@@ -258,6 +266,16 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
             ["task=grpo", "tune.method=full", "optim.max_grad_norm=null", "optim.in_backward=true"],
             "but task=grpo takes several packs a step",
         ),
+        (
+            ["task=grpo", "rollout.engine=vllm", "grpo.min_p=0.1"],
+            "grpo.min_p is 0.1, but rollout.engine=vllm: vLLM tells log-probabilities after that filter",
+        ),
+        (["task=grpo", "rollout.engine=vllm", "tune.method=lora_8bit"], "8-bit products round their inputs too"),
+        (["task=grpo", "rollout.engine=vllm", "tune.dora=true"], "tune.dora is true, but rollout.engine=vllm is handed"),
+        (
+            ["task=grpo", "rollout.engine=vllm", "rollout.vllm_mode=server", "tune.merger=adapted"],
+            "tune.merger is 'adapted', but rollout.vllm_mode=server: a server keeps features of pictures",
+        ),
     ],
 )
 def test_settings_that_contradict_are_an_error(overrides, reason):
@@ -265,7 +283,7 @@ def test_settings_that_contradict_are_an_error(overrides, reason):
 
 
 def test_every_rule_has_a_case_above():
-    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (12, 11), (
+    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (13, 13), (
         "add a case to the two tests above, then mend this line"
     )
 

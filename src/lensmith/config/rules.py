@@ -309,6 +309,12 @@ def _vllm_gets_whole_weights(config: RunConfig) -> Iterator[Problem]:
     away = "Set rollout.engine=builtin, which writes completions with the weights as they are"
     if config.tune.dora:
         yield Problem("tune.dora", f"but rollout.engine=vllm is handed W + scale B A. {away}, or tune.dora=false.")
+    if config.tune.method == "lora_8bit":
+        yield Problem(
+            "tune.method",
+            "but rollout.engine=vllm: 8-bit products round their inputs too, so no whole weights compute what training "
+            "does. Set tune.method=qlora or lora, or rollout.engine=builtin.",
+        )
     if config.memory.stream_layers:
         yield Problem("memory.stream_layers", f"but rollout.engine=vllm is handed weights that stay. {away}.")
     if config.memory.head_bits != 16:

@@ -39,13 +39,9 @@ def merged_tensors(model: nn.Module, place: torch.device) -> Iterator[tuple[str,
 
 
 def _whole(owner: Any, dtype: torch.dtype) -> Tensor:
-    """The weight of a module, widened where it is stored in few bits."""
+    """The weight of a module, widened where it is stored in 4 bits."""
     if is_four_bit(owner):
         return dense_weight(owner, dtype).clone()  # the buffer is the next one's; a server is sent several at a time
-    if hasattr(owner.weight, "SCB"):  # bitsandbytes' Int8Params
-        from peft.utils.integrations import dequantize_module_weight
-
-        return dequantize_module_weight(owner).to(dtype)
     return owner.weight.detach()
 
 
