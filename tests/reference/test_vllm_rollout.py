@@ -17,6 +17,7 @@ import torch
 import trl
 from PIL import Image
 from safetensors import safe_open
+from tests.fixtures.vllm_stand_in import LLM, SamplingParams
 from torch.testing import assert_close
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
@@ -40,14 +41,13 @@ from lensmith.train.oom import MemoryGuard
 from lensmith.train.recover import GradientGuard
 from lensmith.train.vllm_rollout import NEVER, VllmRollout, fingerprint, one_mark_each
 from lensmith.train.vllm_weights import merged_tensors
-from tests.fixtures.vllm_stand_in import LLM, SamplingParams
 
 STEPS, GROUP, PROMPTS, NEW_TOKENS, RATE = 3, 2, 2, 6, 3e-2
 GAP = LOGPROB_GAP[torch.float32]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory, processor) -> SampleSource:
+@pytest.fixture(scope="module", name="source")
+def some_rows(tmp_path_factory, processor) -> SampleSource:
     """One picture, two, and none; of sizes that are no multiples of a token's side, one of them small."""
     folder, rng, lines = tmp_path_factory.mktemp("rows"), np.random.default_rng(0), []
     for number, sizes in enumerate([[(70, 130)], [(40, 40), (150, 90)], []]):

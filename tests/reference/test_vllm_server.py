@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.fixtures.vllm_stand_in import LLM
+from tests.reference.test_vllm_rollout import GAP, GROUP, PROMPTS, STEPS, make_trainer, ring, some_rows  # noqa: F401
 from trl.generation import vllm_client, vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
@@ -27,8 +29,6 @@ from lensmith.model.names import resolve_model
 from lensmith.train import vllm_ready
 from lensmith.train.grpo_stats import GrpoStats
 from lensmith.train.vllm_ready import check_vllm, check_vllm_room, serve_command, vllm_sentence
-from tests.fixtures.vllm_stand_in import LLM
-from tests.reference.test_vllm_rollout import GAP, GROUP, PROMPTS, STEPS, make_trainer, ring, source  # noqa: F401
 
 CUDA = torch.device("cuda")
 INFO: dict[str, Any] = {
@@ -117,7 +117,13 @@ def server(monkeypatch):
 def config_of(server: Any, *settings: str) -> Any:
     return read_config(
         None,
-        ["task=grpo", "rollout.engine=vllm", "rollout.vllm_mode=server", f"rollout.vllm_server={server.address}", *settings],
+        [
+            "task=grpo",
+            "rollout.engine=vllm",
+            "rollout.vllm_mode=server",
+            f"rollout.vllm_server={server.address}",
+            *settings,
+        ],
     )
 
 
@@ -125,9 +131,7 @@ def config_of(server: Any, *settings: str) -> Any:
 def transfer(server, monkeypatch, processor):
     """The server's weights, and TRL's client without NCCL."""
     size = {"shortest_edge": 1024, "longest_edge": 1280 * 1024}
-    server.llm = LLM(
-        model=resolve_model("lensmith/tiny"), dtype="float32", seed=0, mm_processor_kwargs={"size": size}
-    )
+    server.llm = LLM(model=resolve_model("lensmith/tiny"), dtype="float32", seed=0, mm_processor_kwargs={"size": size})
     for module in (vllm_generation, vllm_client):
         monkeypatch.setattr(module, "is_vllm_available", lambda *_, **__: True)
 
@@ -141,7 +145,11 @@ def transfer(server, monkeypatch, processor):
 
 
 def test_a_server_gets_prompts_pictures_settings_and_weights_as_training_has_them(
-    tmp_path, source, processor, server, transfer  # noqa: F811
+    tmp_path,
+    source,
+    processor,
+    server,
+    transfer,
 ):
     found: list[GrpoStats] = []
     address = f"rollout.vllm_server={server.address}"
@@ -155,12 +163,18 @@ def test_a_server_gets_prompts_pictures_settings_and_weights_as_training_has_the
 
 
 def test_a_server_that_resizes_pictures_again_stops_the_run(
-    tmp_path, source, processor, server, transfer  # noqa: F811
+    tmp_path,
+    source,
+    processor,
+    server,
+    transfer,
 ):
     server.llm.processor.image_processor.size = {"shortest_edge": 64 * 1024, "longest_edge": 1280 * 1024}
     address = f"rollout.vllm_server={server.address}"
     trainer = make_trainer(tmp_path / "run", source, processor, [], "rollout.vllm_mode=server", address)
-    with pytest.raises(RunError, match=r"cuts pictures into \[\d+\] tokens where training sees \[8\].*mm-processor-kwargs"):
+    with pytest.raises(
+        RunError, match=r"cuts pictures into \[\d+\] tokens where training sees \[8\].*mm-processor-kwargs"
+    ):
         trainer.train()
 
 
@@ -196,7 +210,9 @@ def test_a_server_that_does_not_answer_is_said_before_weights_are_read(server, p
 
 
 def test_weights_reach_a_server_from_a_gpu_alone(server, processor):
-    with pytest.raises(ConfigError, match=r"training would run on the cpu here\. Train on a GPU, or set rollout.engine="):
+    with pytest.raises(
+        ConfigError, match=r"training would run on the cpu here\. Train on a GPU, or set rollout.engine="
+    ):
         check_vllm(config_of(server), torch.device("cpu"), processor)
 
 

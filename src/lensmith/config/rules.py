@@ -291,42 +291,41 @@ def _vllm_settings_need_vllm(config: RunConfig) -> Iterator[Problem]:
     )
 
 
-def _vllm_tells_what_training_computes(config: RunConfig) -> Iterator[Problem]:
+def _vllm_computes_what_training_does(config: RunConfig) -> Iterator[Problem]:
+    """All named by the engine: it is what gives way, because the others say what is trained and how completions are drawn."""
     if config.task != "grpo" or config.rollout.engine != "vllm":
         return
     for name in ("top_p", "top_k", "min_p"):
-        if getattr(config.grpo, name) is not None:
+        if (value := getattr(config.grpo, name)) is not None:
             yield Problem(
-                f"grpo.{name}",
-                "but rollout.engine=vllm: vLLM tells log-probabilities after that filter and training computes them before "
-                "it, so nobody could see that the two models differ. Remove it, or set rollout.engine=builtin.",
+                "rollout.engine",
+                f"but grpo.{name}={value:g}: vLLM tells log-probabilities after that filter and training computes them before "
+                f"it, so nobody could see that the two models differ. Set rollout.engine=builtin, or grpo.{name}=null.",
             )
-
-
-def _vllm_gets_whole_weights(config: RunConfig) -> Iterator[Problem]:
-    if config.task != "grpo" or config.rollout.engine != "vllm":
-        return
-    away = "Set rollout.engine=builtin, which writes completions with the weights as they are"
-    if config.tune.dora:
-        yield Problem("tune.dora", f"but rollout.engine=vllm is handed W + scale B A. {away}, or tune.dora=false.")
-    if config.tune.method == "lora_8bit":
+    tune, memory, away = config.tune, config.memory, "Set rollout.engine=builtin"
+    if tune.dora:
         yield Problem(
-            "tune.method",
-            "but rollout.engine=vllm: 8-bit products round their inputs too, so no whole weights compute what training "
-            "does. Set tune.method=qlora or lora, or rollout.engine=builtin.",
+            "rollout.engine", f"but tune.dora=true, and vLLM is handed W + scale B A. {away}, or tune.dora=false."
         )
-    if config.memory.stream_layers:
-        yield Problem("memory.stream_layers", f"but rollout.engine=vllm is handed weights that stay. {away}.")
-    if config.memory.head_bits != 16:
-        yield Problem("memory.head_bits", f"but rollout.engine=vllm has a head of 16 bits. {away}, or remove it.")
-    if config.rollout.vllm_mode == "server":
-        for name in ("vision", "merger"):
-            if getattr(config.tune, name) != "frozen":
-                yield Problem(
-                    f"tune.{name}",
-                    "but rollout.vllm_mode=server: a server keeps features of pictures and cannot be told that they are old. "
-                    f"Set rollout.vllm_mode=colocate, or tune.{name}=frozen.",
-                )
+    if tune.method == "lora_8bit":
+        yield Problem(
+            "rollout.engine",
+            "but tune.method=lora_8bit, whose products round their inputs too: no whole weights compute what training does. "
+            f"{away}, or tune.method=qlora.",
+        )
+    for name, off in (("stream_layers", 0), ("head_bits", 16)):
+        if (value := getattr(memory, name)) != off:
+            yield Problem(
+                "rollout.engine",
+                f"but memory.{name}={value}, and vLLM is handed whole weights that stay. {away}, or memory.{name}={off}.",
+            )
+    for name in ("vision", "merger") if config.rollout.vllm_mode == "server" else ():
+        if getattr(tune, name) != "frozen":
+            yield Problem(
+                "rollout.engine",
+                f"but tune.{name}={getattr(tune, name)} with rollout.vllm_mode=server: a server keeps features of pictures and "
+                f"cannot be told that they are old. Set rollout.vllm_mode=colocate, or tune.{name}=frozen.",
+            )
 
 
 def _groups_fill_a_step(config: RunConfig) -> Iterator[Problem]:
@@ -370,8 +369,7 @@ CONTRADICTIONS: tuple[Rule, ...] = (
     _groups_fill_a_step,
     _grpo_needs_gradients_in_one_piece,
     _completions_fit_their_packs,
-    _vllm_tells_what_training_computes,
-    _vllm_gets_whole_weights,
+    _vllm_computes_what_training_does,
     _image_range_is_not_empty,
     _a_moving_language_has_projections,
     _something_is_trained,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -112,8 +112,9 @@ def build_trainer(
 def build_rollout(prepared: Prepared, engine: Engine, packer: GroupPacker) -> Rollout | VllmRollout:
     """What writes the completions, as rollout.engine says; auto is the built-in engine."""
     config, loaded, encoder = prepared.config, prepared.loaded, prepared.encoder
-    vocabulary, ends = loaded.processor.tokenizer.get_vocab(), engine.generation_config.eos_token_id
-    end_ids = sorted({encoder.end_token_id, *([ends] if isinstance(ends, int) else ends or [])})
+    vocabulary: dict[str, int] = loaded.processor.tokenizer.get_vocab()
+    ends: Any = engine.generation_config.eos_token_id  # one, several or none
+    end_ids: list[int] = sorted({encoder.end_token_id, *([ends] if isinstance(ends, int) else ends or [])})
     never_ids = [vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary]
     if config.rollout.engine == "vllm":
         return VllmRollout(

@@ -97,7 +97,8 @@ class Alarms:
             "logprobs": (
                 not gap <= self._most_gap,  # vLLM may tell what is not a number
                 f"log-probabilities at rollout and in training are {gap:.3g} nats apart, more than {self._most_gap:g}: what is "
-                f"learned from is not what was sampled. {self._why_apart()}Please report this with the output of `lensmith env`.",
+                f"learned from is not what was sampled. {self._why_apart()}Please report this with the output of "
+                "`lensmith env`.",
             ),
             "stale weights": (
                 stats.stale,
@@ -106,8 +107,8 @@ class Alarms:
             ),
             "left out": (
                 self._all(lambda step: (step.left_out or 0.0) > MOST_LEFT_OUT),
-                f"{stats.left_out or 0:.0%} of the completions are left out of the loss, because vLLM and training find them too "
-                "differently likely. Lower grpo.max_new_tokens, or set rollout.engine=builtin.",
+                f"{stats.left_out or 0:.0%} of the completions are left out of the loss, because vLLM and training find them "
+                "too differently likely. Lower grpo.max_new_tokens, or set rollout.engine=builtin.",
             ),
         }
 

@@ -66,7 +66,7 @@ class GrpoStats(StepStats):
     rollout_tokens_per_s: float
     policy_tokens_per_s: float
     logprob_gap: float | None
-    """Mean distance, in nats, of log-probabilities at rollout and in training; None where no fresh completion was learned, not a
+    """Mean distance, in nats, of log-probabilities at rollout and in training; None where no fresh completion was learned, no
     number where vLLM told none for some token."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Completions that a reward failed on, by its name; empty where none did."""

@@ -38,8 +38,8 @@ def check_vllm(config: RunConfig, device: torch.device, processor: Any) -> None:
     if importlib.util.find_spec("vllm") is None:
         also = " (TRL's client of a server needs it too)" if _is_server(config) else ""
         raise ConfigError(
-            f"rollout.engine=vllm, rollout.vllm_mode={config.rollout.vllm_mode}: vLLM is not installed in this environment{also}. "
-            f'pip install "lensmith[vllm]", or {BUILTIN}.'
+            f"rollout.engine=vllm, rollout.vllm_mode={config.rollout.vllm_mode}: vLLM is not installed in this "
+            f'environment{also}. pip install "lensmith[vllm]", or {BUILTIN}.'
         )
     if is_quantised_checkpoint(read_architecture(config.model)):
         raise ConfigError(
@@ -101,7 +101,7 @@ def serve_command(config: RunConfig, processor: Any) -> str:
     """What starts a server that this run can use."""
     limits = json.dumps(picture_limits(config, read_geometry(processor)))
     return (
-        f"VLLM_SERVER_DEV_MODE=1 vllm serve {config.model} --weight-transfer-config '{{\"backend\": \"nccl\"}}' "
+        f'VLLM_SERVER_DEV_MODE=1 vllm serve {config.model} --weight-transfer-config \'{{"backend": "nccl"}}\' '
         f"--logprobs-mode {LOGPROBS_MODE} --max-logprobs -1 --mm-processor-kwargs '{limits}' --enable-scale-out"
     )
 
@@ -148,7 +148,9 @@ def _check_share(config: RunConfig, longest: int, gib: float) -> None:
 
 
 def _open(config: RunConfig, path: str) -> bytes:
-    with urllib.request.urlopen(config.rollout.vllm_server + path, timeout=ANSWER_S) as answer:  # http(s), by the config
+    with urllib.request.urlopen(
+        config.rollout.vllm_server + path, timeout=ANSWER_S
+    ) as answer:  # http(s), by the config
         return answer.read()
 
 

@@ -15,7 +15,7 @@ what these call; tests/reference/test_vllm_rollout.py pins them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,9 @@ class VllmRollout:
         """What was answered. A log-probability that vLLM could not tell is not a number, which the meter sees."""
         return [
             Completion(
-                tuple(one), tuple(float("nan") if p is None else p for p in probs), bool(one) and one[-1] in self.end_ids
+                tuple(one),
+                tuple(float("nan") if p is None else p for p in probs),
+                bool(one) and one[-1] in self.end_ids,
             )
             for one, probs in zip(ids, logprobs, strict=True)
         ]
@@ -143,7 +145,7 @@ class SyncedVllm(VLLMGeneration):
         finally:
             vllm_generation.LLM = plain  # type: ignore[attr-defined]
 
-    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+    def _iter_named_params(self) -> Generator[tuple[str, Tensor], None, None]:
         return merged_tensors(self.tuned, self.accelerator.device)
 
     def sync_weights(self) -> None:
@@ -154,7 +156,11 @@ class SyncedVllm(VLLMGeneration):
         self._handed = fingerprint(self.tuned)
 
     def generate(
-        self, prompts: list[list[int]], images: list[list[Any] | None] | None, num_generations: int, profiler: Any = None
+        self,
+        prompts: list[list[int]],
+        images: list[list[Any] | None] | None,
+        num_generations: int,
+        profiler: Any = None,
     ) -> tuple[Any, ...]:
         self.is_behind = self._handed is None or not torch.equal(self._handed, fingerprint(self.tuned))
         asked = prompts
@@ -170,7 +176,9 @@ class SyncedVllm(VLLMGeneration):
     def _place_features(self, features: dict[str, Any] | None, prompt_ids: list[int]) -> dict[str, Any] | None:
         placed = super()._place_features(features, prompt_ids)
         if features is not None and placed is not None:
-            theirs, ours = ([one["length"] for one in found["mm_placeholders"]["image"]] for found in (features, placed))
+            theirs, ours = (
+                [one["length"] for one in found["mm_placeholders"]["image"]] for found in (features, placed)
+            )
             if theirs != ours:
                 raise RunError(
                     f"rollout.vllm_server={self.server_base_url}: the server cuts pictures into {theirs} tokens where training "
@@ -198,7 +206,9 @@ def fingerprint(model: nn.Module) -> Tensor:
 
 def one_mark_each(ids: Sequence[int], mark: int) -> list[int]:
     """The ids with each run of a mark as a single one."""
-    return [own for before, own in itertools.pairwise([None, *ids]) if own is not None and (own != mark or before != mark)]
+    return [
+        own for before, own in itertools.pairwise([None, *ids]) if own is not None and (own != mark or before != mark)
+    ]
 
 
 def _other_prompt(ours: Sequence[int], theirs: Sequence[int], mark: int) -> str:

@@ -6,7 +6,7 @@ drift a little with every step, and weights in 4 bits would be rounded anew. Her
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ WRAPPED = ".base_layer.weight"
 
 
 @torch.no_grad()
-def merged_tensors(model: nn.Module, place: torch.device) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(model: nn.Module, place: torch.device) -> Generator[tuple[str, Tensor], None, None]:
     """Name and values of each weight, on `place`, one at a time; nothing of the model is changed."""
     dtype = weight_dtype(model)
     for name, parameter in model.named_parameters():
