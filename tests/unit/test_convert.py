@@ -427,8 +427,9 @@ def test_tables_name_settings_that_exist_and_defaults_that_translate(tool, task)
 def test_vllm_of_a_trl_script_becomes_the_rollouts_engine(tmp_path, written, settings):
     script = tmp_path / "grpo.py"
     script.write_text(
-        "from trl import GRPOConfig, GRPOTrainer\n"
-        f"GRPOTrainer('Qwen/Qwen3-VL-2B-Instruct', reward_funcs=[f], args=GRPOConfig('out', {written})).train()\n"
+        "from peft import LoraConfig\nfrom trl import GRPOConfig, GRPOTrainer\n"
+        f"GRPOTrainer('Qwen/Qwen3-VL-2B-Instruct', reward_funcs=[f], "
+        f"peft_config=LoraConfig(target_modules=['q_proj']), args=GRPOConfig('out', {written})).train()\n"
     )
     found = {one.path: one.value for one in convert_file(script).settings if one.path.startswith("rollout.")}
     assert found == settings
