@@ -352,3 +352,14 @@ def test_an_adapter_of_another_size_is_answered(build_tiny, saved, tmp_path):
         ModelError, match=r"is \[4, 96\] there and \[\d+, \d+\] in this model\. It was made for a model of"
     ):
         load_tuned(build_tiny(), folder)
+
+
+def test_trls_frozen_copy_of_an_adapter_is_not_saved_with_it(build_tiny, tmp_path):
+    """GRPO with grpo.beta: TRL adds an adapter "ref", which PEFT would write into a folder of its own."""
+    model = prepare_trainable(build_tiny(), Tune(rank=2), seed=0)
+    model.add_adapter("ref", model.peft_config["default"])
+    save_tuned(model, tmp_path / "tuned")
+    assert sorted(path.name for path in (tmp_path / "tuned").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]

@@ -223,6 +223,14 @@ def test_an_override_without_a_value_says_how_to_write_it():
         (["grpo.group=4"], "grpo.group"),
         (["engine=unsloth", "memory.tower=host"], "memory.tower"),
         (["engine=unsloth", "memory.offload=none"], "memory.offload"),
+        (["task=grpo", "rollout.vllm_mode=server"], "rollout.vllm_mode"),
+        (["task=grpo", "rollout.engine=builtin", "rollout.vllm_gpu_share=0.3"], "rollout.vllm_gpu_share"),
+        (["task=grpo", "rollout.engine=vllm", "rollout.vllm_server=http://127.0.0.1:8000"], "rollout.vllm_server"),
+        (
+            ["task=grpo", "rollout.engine=vllm", "rollout.vllm_mode=server", "rollout.vllm_gpu_share=0.3"],
+            "rollout.vllm_gpu_share",
+        ),
+        (["task=grpo", "rollout.engine=vllm", "rollout.batch=8"], "rollout.batch"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, path):
@@ -261,6 +269,20 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
             "but task=grpo takes several packs a step",
         ),
         (["engine=unsloth", "task=grpo"], "engine is 'unsloth', but task=grpo takes its completions"),
+        (
+            ["task=grpo", "rollout.engine=vllm", "grpo.min_p=0.1"],
+            "rollout.engine is 'vllm', but grpo.min_p=0.1: vLLM tells log-probabilities after that filter",
+        ),
+        (["task=grpo", "rollout.engine=vllm", "tune.method=lora_8bit"], "whose products round their inputs too"),
+        (["task=grpo", "rollout.engine=vllm", "tune.dora=true"], "but tune.dora=true, and vLLM is handed"),
+        (
+            ["task=grpo", "rollout.engine=vllm", "memory.head_bits=8"],
+            "but memory.head_bits=8, and vLLM is handed whole",
+        ),
+        (
+            ["task=grpo", "rollout.engine=vllm", "rollout.vllm_mode=server", "tune.merger=adapted"],
+            "but tune.merger=adapted with rollout.vllm_mode=server: a server keeps features of pictures",
+        ),
     ],
 )
 def test_settings_that_contradict_are_an_error(overrides, reason):
@@ -268,7 +290,7 @@ def test_settings_that_contradict_are_an_error(overrides, reason):
 
 
 def test_every_rule_has_a_case_above():
-    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (13, 12), (
+    assert (len(WITHOUT_EFFECT), len(CONTRADICTIONS)) == (14, 13), (
         "add a case to the two tests above, then mend this line"
     )
 

@@ -116,7 +116,7 @@ WITHOUT = {
         "gradient_accumulation_steps", "neftune_noise_alpha", "hub_model_id", "a_brand_new_argument", "modules_to_save",
         "load_dataset(path)", "report_to",
     },
-    "trl_grpo.py": {"use_vllm"},
+    "trl_grpo.py": {"use_vllm = True (line 22)"},  # top_p stays, and the two do not go together
     "trl_cli.sh": set(),
     "llamafactory_lora.yaml": {"max_samples", "overwrite_output_dir", "deepspeed"},
     "llamafactory_full.json": {"dataset", "optim", "use_galore"},
@@ -407,3 +407,29 @@ def test_tables_name_settings_that_exist_and_defaults_that_translate(tool, task)
         if rule.assume:
             rule.translate(*rule.names.values())
     assert RunConfig().optim.learning_rate is None  # why a tool's own default has to be carried over
+
+
+@pytest.mark.parametrize(
+    ("written", "settings"),
+    [
+        ("use_vllm=True", {"rollout.engine": "vllm"}),
+        (
+            "use_vllm=True, vllm_gpu_memory_utilization=0.4",
+            {"rollout.engine": "vllm", "rollout.vllm_gpu_share": 0.4},
+        ),
+        (
+            "use_vllm=True, vllm_mode='server', vllm_server_host='10.0.0.7', vllm_gpu_memory_utilization=0.4",
+            {"rollout.engine": "vllm", "rollout.vllm_mode": "server", "rollout.vllm_server": "http://10.0.0.7:8000"},
+        ),
+        ("vllm_mode='server'", {}),
+    ],
+)
+def test_vllm_of_a_trl_script_becomes_the_rollouts_engine(tmp_path, written, settings):
+    script = tmp_path / "grpo.py"
+    script.write_text(
+        "from peft import LoraConfig\nfrom trl import GRPOConfig, GRPOTrainer\n"
+        f"GRPOTrainer('Qwen/Qwen3-VL-2B-Instruct', reward_funcs=[f], "
+        f"peft_config=LoraConfig(target_modules=['q_proj']), args=GRPOConfig('out', {written})).train()\n"
+    )
+    found = {one.path: one.value for one in convert_file(script).settings if one.path.startswith("rollout.")}
+    assert found == settings

@@ -221,6 +221,17 @@ def test_grpo_and_its_flags_are_planned(lensmith_plan):
     assert json.loads(lensmith_plan(*shared, "--rollout", "vllm", "--json")[1])["parts"]["rollout copy"] > 16
 
 
+def test_the_rollouts_engine_of_the_settings_is_planned(lensmith_plan, tmp_path):
+    """Beside the training vLLM has its share of the card; on a server nothing of it."""
+    path, card = tmp_path / "run.yaml", ("--gpu", "80", "--json")
+    path.write_text("model: Qwen/Qwen3-VL-8B-Instruct\ntask: grpo\nrollout: {engine: vllm, vllm_gpu_share: 0.4}\n")
+    parts = json.loads(lensmith_plan(str(path), *card)[1])["parts"]
+    assert parts["rollout copy"] + parts["KV cache"] == pytest.approx(0.4 * 80, abs=0.01)
+    path.write_text("model: Qwen/Qwen3-VL-8B-Instruct\ntask: grpo\nrollout: {engine: vllm, vllm_mode: server}\n")
+    served = json.loads(lensmith_plan(str(path), *card)[1])["parts"]
+    assert "rollout copy" not in served
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -220,6 +220,20 @@ def test_grpo_fills_a_step_up_to_whole_groups_and_says_so(model, capsys):
     assert "A step of 1 completions is filled up to 2: whole groups of num_generations=2." in capsys.readouterr().err
 
 
+def test_use_vllm_is_the_rollouts_engine_and_its_keywords_count_with_it_alone(model, capsys):
+    shared = {"num_generations": 2, "per_device_train_batch_size": 2, "vllm_gpu_memory_utilization": 0.4}
+    args = GRPOConfig("out", use_vllm=True, **shared)
+    rollout = GRPOTrainer(model, args, train_dataset=ROWS, reward_funcs="exact").config.rollout
+    assert (rollout.engine, rollout.vllm_mode, rollout.vllm_gpu_share) == ("vllm", "colocate", 0.4)
+    args = GRPOConfig("out", use_vllm=True, vllm_mode="server", vllm_server_port=8001, **shared)
+    rollout = GRPOTrainer(model, args, train_dataset=ROWS, reward_funcs="exact").config.rollout
+    assert (rollout.vllm_mode, rollout.vllm_server) == ("server", "http://127.0.0.1:8001")
+    assert 'without effect here: vllm_gpu_memory_utilization (vllm_mode is "server")' in capsys.readouterr().err
+    rollout = GRPOTrainer(model, GRPOConfig("out", **shared), train_dataset=ROWS, reward_funcs="exact").config.rollout
+    assert rollout.engine == "auto"
+    assert "without effect here: vllm_gpu_memory_utilization (use_vllm is not True)" in capsys.readouterr().err
+
+
 def test_a_wrong_value_is_told_by_the_keyword_it_was_given_as(model):
     with pytest.raises(ConfigError, match=r"SFTConfig\(learning_rate=\): optim\.learning_rate is -1"):
         SFTTrainer(model, SFTConfig("out", learning_rate=-1), train_dataset=ROWS)

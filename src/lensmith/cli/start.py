@@ -155,7 +155,9 @@ def plan(
     no_share_prefix: Annotated[
         bool, typer.Option("--no-share-prefix", help="Each completion with a prompt of its own.")
     ] = False,
-    rollout: Annotated[Literal["builtin", "vllm"], typer.Option(help="What makes completions.")] = "builtin",
+    rollout: Annotated[
+        Literal["builtin", "vllm"] | None, typer.Option(help="What makes completions, other than the settings say.")
+    ] = None,
     fit: Annotated[Path | None, typer.Option(help="Write the settings that fit to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan as this .png or .svg.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run the worst pack once on the GPU and compare.")] = False,

@@ -271,6 +271,63 @@ def _rollouts_belong_to_grpo(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{section}.{name}", "has no effect with task=sft. Remove it, or set task=grpo.")
 
 
+def _vllm_settings_need_vllm(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.rollout
+    if rollout.engine != "vllm":
+        for name in ("vllm_mode", "vllm_gpu_share", "vllm_server"):
+            yield Problem(
+                f"rollout.{name}",
+                f"has no effect with rollout.engine={rollout.engine}. Remove it, or set rollout.engine=vllm.",
+            )
+        return
+    other, mode = ("vllm_server", "server") if rollout.vllm_mode == "colocate" else ("vllm_gpu_share", "colocate")
+    yield Problem(
+        f"rollout.{other}",
+        f"has no effect with rollout.vllm_mode={rollout.vllm_mode}. Remove it, or set rollout.vllm_mode={mode}.",
+    )
+    yield Problem(
+        "rollout.batch",
+        "has no effect with rollout.engine=vllm, which decides itself how many completions it writes together. Remove it.",
+    )
+
+
+def _vllm_computes_what_training_does(config: RunConfig) -> Iterator[Problem]:
+    """All named by the engine: it is what gives way, because the others say what is trained and how completions are drawn."""
+    if config.task != "grpo" or config.rollout.engine != "vllm":
+        return
+    for name in ("top_p", "top_k", "min_p"):
+        if (value := getattr(config.grpo, name)) is not None:
+            yield Problem(
+                "rollout.engine",
+                f"but grpo.{name}={value:g}: vLLM tells log-probabilities after that filter and training computes them before "
+                f"it, so nobody could see that the two models differ. Set rollout.engine=builtin, or grpo.{name}=null.",
+            )
+    tune, memory, away = config.tune, config.memory, "Set rollout.engine=builtin"
+    if tune.dora:
+        yield Problem(
+            "rollout.engine", f"but tune.dora=true, and vLLM is handed W + scale B A. {away}, or tune.dora=false."
+        )
+    if tune.method == "lora_8bit":
+        yield Problem(
+            "rollout.engine",
+            "but tune.method=lora_8bit, whose products round their inputs too: no whole weights compute what training does. "
+            f"{away}, or tune.method=qlora.",
+        )
+    for name, off in (("stream_layers", 0), ("head_bits", 16)):
+        if (value := getattr(memory, name)) != off:
+            yield Problem(
+                "rollout.engine",
+                f"but memory.{name}={value}, and vLLM is handed whole weights that stay. {away}, or memory.{name}={off}.",
+            )
+    for name in ("vision", "merger") if config.rollout.vllm_mode == "server" else ():
+        if getattr(tune, name) != "frozen":
+            yield Problem(
+                "rollout.engine",
+                f"but tune.{name}={getattr(tune, name)} with rollout.vllm_mode=server: a server keeps features of pictures and "
+                f"cannot be told that they are old. Set rollout.vllm_mode=colocate, or tune.{name}=frozen.",
+            )
+
+
 def _groups_fill_a_step(config: RunConfig) -> Iterator[Problem]:
     if config.task == "grpo" and config.optim.effective_samples % config.grpo.group:
         yield Problem(
@@ -329,6 +386,7 @@ def _what_unsloth_cannot_do(config: RunConfig) -> Iterator[Problem]:
 
 WITHOUT_EFFECT: tuple[Rule, ...] = (
     _rollouts_belong_to_grpo,
+    _vllm_settings_need_vllm,
     _adapter_settings_need_an_adapter,
     _projections_need_a_moving_language,
     _quantised_vision_needs_qlora,
@@ -347,6 +405,7 @@ CONTRADICTIONS: tuple[Rule, ...] = (
     _groups_fill_a_step,
     _grpo_needs_gradients_in_one_piece,
     _completions_fit_their_packs,
+    _vllm_computes_what_training_does,
     _image_range_is_not_empty,
     _a_moving_language_has_projections,
     _something_is_trained,

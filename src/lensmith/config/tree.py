@@ -251,8 +251,17 @@ class Grpo(Section):
 class Rollouts(Section):
     """How completions are made during GRPO."""
 
+    engine: Literal["auto", "builtin", "vllm"] = "auto"
+    """What writes them. builtin: on the weights that train, each prompt and its pictures once per group. vllm: TRL's vLLM, with
+    a copy of the weights that every step brings up to date. auto: builtin, and said."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """vLLM in this process, on the same GPU; or `vllm serve` on other GPUs. docs/grpo.md has its command."""
+    vllm_gpu_share: Share = 0.3
+    """Of the GPU's memory that vLLM beside the training takes: its copy of the weights in 16 bits, keys and values."""
+    vllm_server: Annotated[str, StringConstraints(pattern=r"^https?://[^/]+$")] = "http://127.0.0.1:8000"
+    """Where the server listens."""
     batch: Annotated[int, Field(ge=1)] | None = None
-    """Completions written at the same time. Null: all of a step."""
+    """Completions that the built-in engine writes at the same time. Null: all of a step."""
     on_reward_error: Literal["count", "raise"] = "count"
     """A reward that fails: no reward for that completion, counted and shown; or stop."""
     show_every_steps: Annotated[int, Field(ge=1)] = 1

@@ -230,3 +230,25 @@ def language(value: Any) -> Any:
     if isinstance(found, Without):
         return SKIP
     return "adapted" if found & {"attention", "mlp"} else "frozen"
+
+
+def rollout_engine(use: Any) -> Any:
+    """vLLM where it is asked for; where not, completions come from the built-in engine anyway."""
+    if not use:
+        return SKIP
+    return Noted("vllm", 'Needs pip install "lensmith[vllm]". Without this line the built-in engine writes them.')
+
+
+def vllm_mode(mode: Any, use: Any) -> Any:
+    return mode if use else Without("Goes with use_vllm.", matters=False)
+
+
+def vllm_share(share: Any, mode: Any, use: Any) -> Any:
+    return share if use and mode == "colocate" else Without("Goes with vLLM beside the training.", matters=False)
+
+
+def vllm_server(address: Any, host: Any, port: Any, mode: Any, use: Any) -> Any:
+    if not use or mode != "server":
+        return Without("Goes with a vLLM server.", matters=False)
+    first = [one[0] if isinstance(one, list) else one for one in (address, host, port)]
+    return first[0] or f"http://{'127.0.0.1' if first[1] == '0.0.0.0' else first[1]}:{first[2]}"

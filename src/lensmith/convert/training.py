@@ -93,12 +93,10 @@ GRPO_ADVICE: Mapping[str, Without] = {
     "steps_per_generation": Without("Several steps on the same completions are grpo.iterations."),
     "repetition_penalty": Without("Sampling has none; the reward `repetition` judges it instead."),
     "generation_kwargs": Without("See grpo.temperature, top_p, top_k and min_p."),
-    "use_vllm": Without("Completions are made by Lensmith's own engine, which shares a prompt and its pictures."),
-    "vllm_mode": Without("There is no vLLM in training."),
-    "vllm_gpu_memory_utilization": Without("There is no vLLM in training.", matters=False),
-    "vllm_tensor_parallel_size": Without("There is no vLLM in training.", matters=False),
-    "vllm_max_model_length": Without("There is no vLLM in training.", matters=False),
-    "vllm_enable_sleep_mode": Without("There is no vLLM in training.", matters=False),
+    "vllm_tensor_parallel_size": Without("Beside the training vLLM is on one GPU; a server takes what it is started with.",
+                                         same=(1, None)),
+    "vllm_max_model_length": Without("Follows from the longest row and grpo.max_new_tokens.", matters=False),
+    "vllm_enable_sleep_mode": Without("vLLM stays awake, in rollout.vllm_gpu_share of the GPU.", matters=False),
     "delta": Without("Ratios are clipped by grpo.epsilon and grpo.epsilon_high alone."),
     "log_completions": Without("completions.html in the run folder shows them; rollout.show_every_steps.", matters=False),
     "num_completions_to_print": Without("completions.html in the run folder shows them.", matters=False),
@@ -184,6 +182,24 @@ def grpo_rules(prefix: str = "", **changed: Any) -> tuple[Rule, ...]:
         one("grpo.beta", "beta", note="The reference is the model without its adapter."),
         one("grpo.iterations", "num_iterations"),
         one("grpo.mask_truncated", "mask_truncated_completions"),
+        *vllm_rules(prefix),
+    )
+
+
+def vllm_rules(prefix: str = "") -> tuple[Rule, ...]:
+    """What writes the completions; only what is written there, because defaults of tools differ."""
+    use, mode = {prefix + "use_vllm": False}, {prefix + "vllm_mode": "colocate"}
+    share = {prefix + "vllm_gpu_memory_utilization": 0.3}
+    server = {
+        prefix + "vllm_server_base_url": None,
+        prefix + "vllm_server_host": "0.0.0.0",
+        prefix + "vllm_server_port": 8000,
+    }
+    return (
+        Rule(use, "rollout.engine", meaning.rollout_engine, assume=False),
+        Rule(mode | use, "rollout.vllm_mode", meaning.vllm_mode, assume=False, beside=1),
+        Rule(share | mode | use, "rollout.vllm_gpu_share", meaning.vllm_share, assume=False, beside=2),
+        Rule(server | mode | use, "rollout.vllm_server", meaning.vllm_server, assume=False, beside=2),
     )
 
 

@@ -202,6 +202,13 @@ def read_patches(size: ImageSize, geometry: VisionGeometry) -> Float[Tensor, "pa
     return values.expand(-1, -1, geometry.frames, -1, -1).reshape(-1, geometry.patch_values)
 
 
+def seen_picture(size: ImageSize) -> Image.Image:
+    """A still picture with exactly the bytes that `read_patches` cuts up: for whoever cuts it up himself."""
+    assert isinstance(size.ref, ImageRef), "moments of videos are no still pictures"
+    (picture,) = resize_pictures(np.array(open_image(size.ref))[None], size.seen_px)
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+
+
 def resize_pictures(
     pictures: UInt8[np.ndarray, "pictures rows columns 3"], seen_px: tuple[int, int]
 ) -> UInt8[Tensor, "pictures 3 height width"]:

@@ -280,7 +280,8 @@ def save_tuned(model: nn.Module, folder: Path) -> None:
 def _write_tuned(model: nn.Module, folder: Path) -> None:
     if isinstance(model, PeftModel):
         # "auto" would ask the hub whether the vocabulary was resized; it never is here.
-        PeftModel.save_pretrained(model, str(folder), save_embedding_layers=False)
+        # TRL's GRPO keeps a frozen copy beside it, "ref", where grpo.beta asks for a reference.
+        PeftModel.save_pretrained(model, str(folder), save_embedding_layers=False, selected_adapters=["default"])
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
     if kept := kept_tensors(model):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}

@@ -187,6 +187,8 @@ def answer_plan(config: RunConfig, asked: Asked, situation: Situation | None = N
 
 def ask_rollout(facts: ModelFacts, card: Card, prompt: PromptSize, rollout: Rollout, *, gpus: int = 1) -> Asked:
     """The question about a run of rewards whose prompts are all like this one; smaller pictures make them shorter."""
+    if rollout.gpu_share is not None and rollout.engine == "vllm":
+        rollout = replace(rollout, reserved_gib=rollout.gpu_share * card.gib)
 
     def work(changed: RunConfig) -> Work:
         seen = min(prompt.image_tokens, prompt.images * changed.data.image.max_tokens)

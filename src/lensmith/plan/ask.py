@@ -51,7 +51,7 @@ class Question:
     group: int | None = None
     completion_tokens: int | None = None
     share_prefix: bool | None = None
-    rollout: Literal["builtin", "vllm"] = "builtin"
+    rollout: Literal["builtin", "vllm"] | None = None
 
 
 def model_setting(model: str) -> str:

@@ -171,10 +171,15 @@ def _gradients(one: Pass, gpus: int) -> tuple[Parts, Parts, Parts]:
 
 
 def _rollout_copy(facts: ModelFacts, config: RunConfig, rollout: Rollout | None) -> Parts:
-    """vLLM in the same process keeps weights of its own in 16 bits, and the cache of a group beside the training."""
-    if rollout is None or rollout.engine == "builtin":
+    """vLLM in the same process keeps weights of its own in 16 bits, and the cache of a group beside the training: what is left
+    of the share of the card that it was given, where that is more than it needs."""
+    if rollout is None or rollout.engine != "vllm":
         return {}
-    return {"rollout copy": 2 * facts.num_parameters, "KV cache": _cache_bytes(facts, config, rollout, 2)}
+    copy = 2 * facts.num_parameters
+    return {
+        "rollout copy": copy,
+        "KV cache": max(_cache_bytes(facts, config, rollout, 2), rollout.reserved_gib * GIB - copy),
+    }
 
 
 def _cache_bytes(facts: ModelFacts, config: RunConfig, rollout: Rollout, value: int) -> float:

@@ -75,8 +75,12 @@ class Rollout:
     prompt_tokens: int = PROMPT_TEXT_TOKENS
     """Pictures included."""
     share_prefix: bool = True
-    engine: Literal["builtin", "vllm"] = "builtin"
-    """vllm: beside the training in the same process, with weights of its own."""
+    engine: Literal["builtin", "vllm", "server"] = "builtin"
+    """vllm: beside the training in the same process, with weights of its own; server: on other GPUs."""
+    gpu_share: float | None = None
+    """Of the card's memory that vllm takes, where the settings say so; None: what it needs."""
+    reserved_gib: float = 0.0
+    """That share of a certain card."""
     passes: int = 1
     """Passes without gradients over each completion: under the old policy, and one more with a reference."""
 
@@ -164,12 +168,15 @@ def largest_prompt(scan: Scan) -> tuple[PromptSize, int]:
 
 def rollout_of(config: RunConfig, prompt: PromptSize) -> Rollout:
     """How a run with these settings makes and scores completions of such prompts."""
-    grpo = config.grpo
+    grpo, rollout = config.grpo, config.rollout
+    beside = rollout.engine == "vllm" and rollout.vllm_mode == "colocate"
     return Rollout(
         grpo.group,
         grpo.max_new_tokens,
         prompt.tokens,
         share_prefix=config.pack.share_prefix,
+        engine="builtin" if rollout.engine != "vllm" else "vllm" if beside else "server",
+        gpu_share=rollout.vllm_gpu_share if beside else None,
         passes=2 if grpo.beta else 1,
     )
 

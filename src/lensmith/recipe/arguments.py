@@ -242,7 +242,40 @@ def _grpo(args: GRPOConfig) -> Settings:
         "task": Wanted("grpo", "GRPOTrainer"),
         "grpo.group": args.wanted("num_generations", args.num_generations),
         **settings,
+        **_vllm(args),
     }
+
+
+BESIDE = ("vllm_gpu_memory_utilization",)
+SERVED = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port")
+"""Keywords that speak of vLLM in this process, and of a server."""
+
+
+def _vllm(args: GRPOConfig) -> Settings:
+    """Only where vLLM is asked for; of the other keywords about it those that have a say in that mode."""
+    mode = _choice(args, "vllm_mode", {name: name for name in ("colocate", "server")}) if args.use_vllm else None
+    says = {None: (), "colocate": ("vllm_mode", *BESIDE), "server": ("vllm_mode", *SERVED)}[mode]
+    if idle := [name for name in ("vllm_mode", *BESIDE, *SERVED) if name in args.given and name not in says]:
+        why = "use_vllm is not True" if mode is None else f'vllm_mode is "{mode}"'
+        say_once(f"{args.call}: without effect here: {', '.join(idle)} ({why}).")
+    if mode is None:
+        return {}
+    settings: Settings = {
+        "rollout.engine": args.wanted("use_vllm", "vllm"),
+        "rollout.vllm_mode": args.wanted("vllm_mode", mode),
+    }
+    if mode == "server":
+        address = args.vllm_server_base_url or server_address(args.vllm_server_host, args.vllm_server_port)
+        settings["rollout.vllm_server"] = args.wanted("vllm_server_base_url", address)
+    elif "vllm_gpu_memory_utilization" in args.given:
+        share = args.vllm_gpu_memory_utilization
+        settings["rollout.vllm_gpu_share"] = args.wanted("vllm_gpu_memory_utilization", share)
+    return settings
+
+
+def server_address(host: str, port: int) -> str:
+    """0.0.0.0 is where a server listens; who asks it from the same machine says 127.0.0.1."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 def precision_remarks(args: Arguments, loaded: Loaded) -> list[str]:

@@ -11,6 +11,7 @@ from lensmith.recipe.keywords import Keyword, idle, refused
 PIXELS_PER_TOKEN = 32 * 32
 """One language token is a patch of 16 pixels merged 2 x 2 (Qwen3-VL's config.json)."""
 UNSLOTH_SEED = 3407
+_NO_VLLM = "the model that trains is no vLLM's; GRPOConfig(use_vllm=True) has one beside it"
 
 FROM_PRETRAINED: dict[str, Keyword] = {
     "model_name": Keyword("unsloth/Llama-3.2-11B-Vision-Instruct-bnb-4bit", "`model`; lensmith/tiny where left out"),
@@ -31,11 +32,11 @@ FROM_PRETRAINED: dict[str, Keyword] = {
     "min_pixels": Keyword(None, "`data.image.min_tokens` = min_pixels / 1024"),
     "settings": Keyword(None, "of our own: any setting of docs/config.md, as in `{'memory.head': 'host'}`"),
     "device_map": idle("sequential", "each process computes on its own GPU, or on the CPU"),
-    "fast_inference": idle(False, "completions come from the built-in engine, on the weights that train"),
-    "gpu_memory_utilization": idle(0.5, "no vLLM runs beside the training"),
-    "float8_kv_cache": idle(False, "no vLLM runs beside the training"),
-    "max_lora_rank": idle(64, "no vLLM runs beside the training"),
-    "disable_log_stats": idle(True, "no vLLM runs beside the training"),
+    "fast_inference": idle(False, _NO_VLLM),
+    "gpu_memory_utilization": idle(0.5, _NO_VLLM),
+    "float8_kv_cache": idle(False, _NO_VLLM),
+    "max_lora_rank": idle(64, _NO_VLLM),
+    "disable_log_stats": idle(True, _NO_VLLM),
     "fix_tokenizer": idle(True, "the checkpoint's own tokenizer is used as it is"),
     "trust_remote_code": idle(False, "no code of a checkpoint is ever run"),
     "return_logits": idle(False, "training never makes the logits of unlearned tokens"),

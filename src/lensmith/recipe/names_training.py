@@ -9,7 +9,6 @@ from __future__ import annotations
 from lensmith.recipe.keywords import Keyword, idle, refused
 from lensmith.recipe.names_model import FROM_PRETRAINED, UNSLOTH_SEED
 
-_NO_VLLM = "completions come from the built-in engine, on the weights that train"
 _NO_PADDING = "rows are packed end to end, never padded"
 
 TRAINING: dict[str, Keyword] = {
@@ -147,14 +146,17 @@ GRPO: dict[str, Keyword] = {
     "unsloth_num_chunks": idle(-1, "the loss never makes logits of a whole batch"),
     "unsloth_grpo_mini_batch": idle(None, "pack.tokens says how much shares a pass"),
     "cache_implementation": idle(None, "the built-in engine has one cache"),
-    "use_vllm": idle(False, _NO_VLLM),
-    "vllm_mode": idle("colocate", _NO_VLLM),
-    "vllm_sampling_params": idle(None, _NO_VLLM),
-    "vllm_gpu_memory_utilization": idle(0.3, _NO_VLLM),
-    "vllm_max_model_length": idle(None, _NO_VLLM),
-    "vllm_enable_sleep_mode": idle(False, _NO_VLLM),
-    "vllm_tensor_parallel_size": idle(1, _NO_VLLM),
-    "vllm_importance_sampling_correction": idle(True, _NO_VLLM),
+    "use_vllm": Keyword(False, "`rollout.engine=vllm`; needs `lensmith[vllm]`. **The built-in engine where left out**"),
+    "vllm_mode": Keyword("colocate", "`rollout.vllm_mode`, with use_vllm"),
+    "vllm_gpu_memory_utilization": Keyword(0.3, "`rollout.vllm_gpu_share`, with use_vllm beside the training"),
+    "vllm_server_base_url": Keyword(None, '`rollout.vllm_server`, with use_vllm and vllm_mode="server"'),
+    "vllm_server_host": Keyword("0.0.0.0", "see vllm_server_base_url"),
+    "vllm_server_port": Keyword(8000, "see vllm_server_base_url"),
+    "vllm_max_model_length": idle(None, "follows from the longest row and max_completion_length"),
+    "vllm_enable_sleep_mode": idle(False, "vLLM stays awake, in its share of the GPU"),
+    "vllm_sampling_params": refused(None, "Give temperature and max_completion_length themselves."),
+    "vllm_tensor_parallel_size": refused(1, "Beside the training vLLM is on one GPU; a server takes what it is started with."),
+    "vllm_importance_sampling_correction": refused(True, "TRL's correction is on wherever vLLM writes the completions."),
     "repetition_penalty": refused(1.0, "Sampling would leave the policy; use the reward `repetition`, in docs/rewards.md."),
     "generation_kwargs": refused({}, "temperature, top_p, top_k and min_p are settings of their own."),
     "chat_template_kwargs": refused(None, "The checkpoint's chat template is used as it is."),
@@ -204,7 +206,7 @@ GRPO_TRAINER: dict[str, Keyword] = {
     ),
     "reward_processing_classes": refused(None, "Rewards are functions here, no models."),
     "tools": refused(None, "Completions are one answer each."),
-    "rollout_func": refused(None, "Completions come from the built-in engine."),
+    "rollout_func": refused(None, "Completions come from the built-in engine or from vLLM."),
     "environment_factory": refused(None, "Completions are one answer each."),
 }
 TRAINER_RENAMED = {"tokenizer": "processing_class", "processor": "processing_class", "reward_functions": "reward_funcs"}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from lensmith.data.groups import GroupPacker, read_prompt
 from lensmith.evals.predict import MEDIA_TOKENS
 from lensmith.model.components import parameter_groups
+from lensmith.model.engine import Engine
 from lensmith.model.features import GIB, RamStore
 from lensmith.train.completions import CompletionLog
 from lensmith.train.grpo_stats import GrpoStats
@@ -27,6 +28,8 @@ from lensmith.train.recover import GradientGuard, StopOnInterrupt
 from lensmith.train.rollout import Rollout
 from lensmith.train.rounds import During, Rounds
 from lensmith.train.sft import TrainResult, common_arguments, take_steps
+from lensmith.train.vllm_ready import longest_sequence, vllm_sentence
+from lensmith.train.vllm_rollout import VllmRollout
 
 if TYPE_CHECKING:
     from lensmith.train.progress import TrainProgress
@@ -40,7 +43,7 @@ def train_grpo(
 ) -> TrainResult:
     """The steps and the final save of a prepared run; see `lensmith.train.sft.train_model`."""
     config, run = prepared.config, prepared.run
-    say("Completions come from the built-in engine: each prompt and its pictures once per group.")
+    say(vllm_sentence(config, prepared.loaded.dtype))
     total = len(prepared.plan.steps)
     watch = GrpoWatch(prepared, say, progress)
     stop, rounds = StopOnInterrupt(), Rounds(during, config, run, say)
@@ -70,7 +73,7 @@ def build_trainer(
     config, loaded, encoder = prepared.config, prepared.loaded, prepared.encoder
     source = prepared.dataset.scan.source
     assert prepared.rewards is not None, "prepare_run has them with task=grpo"
-    engine, vocabulary = loaded.model, loaded.processor.tokenizer.get_vocab()
+    engine = loaded.model
     by_name = engine.features is None and not any(p.requires_grad for p in engine.model.visual.parameters())
     if by_name:
         # Rollout, old policy, reference and policy look at the same pictures: the tower sees each once per batch.
@@ -84,17 +87,7 @@ def build_trainer(
         loaded.dtype,
         name_picture=(lambda image: f"{image.ref.key} {image.seen_px}") if by_name else None,
     )
-    ends = engine.generation_config.eos_token_id
-    end_ids = {encoder.end_token_id, *([ends] if isinstance(ends, int) else ends or [])}
-    rollout = Rollout(
-        engine,
-        packer,
-        config.grpo,
-        end_ids=sorted(end_ids),
-        never_ids=[vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary],
-        seed=config.seed,
-        batch=config.rollout.batch,
-    )
+    rollout = build_rollout(prepared, engine, packer)
     rows = prepared.dataset.scan.rows
     return GRPOTrainer(
         model=prepared.model,
@@ -113,6 +106,29 @@ def build_trainer(
         on_stats=on_stats,
         on_batch=log.add,
         own_optimizer=own_optimizer(prepared.model, config),
+    )
+
+
+def build_rollout(prepared: Prepared, engine: Engine, packer: GroupPacker) -> Rollout | VllmRollout:
+    """What writes the completions, as rollout.engine says; auto is the built-in engine."""
+    config, loaded, encoder = prepared.config, prepared.loaded, prepared.encoder
+    vocabulary: dict[str, int] = loaded.processor.tokenizer.get_vocab()
+    ends: Any = engine.generation_config.eos_token_id  # one, several or none
+    end_ids: list[int] = sorted({encoder.end_token_id, *([ends] if isinstance(ends, int) else ends or [])})
+    never_ids = [vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary]
+    if config.rollout.engine == "vllm":
+        return VllmRollout(
+            config,
+            encoder.geometry,
+            dtype=loaded.dtype,
+            image_token_id=encoder.image_token_id,
+            end_ids=end_ids,
+            never_ids=never_ids,
+            longest_tokens=longest_sequence(config, prepared.dataset.scan),
+            draw=prepared.steps_done,
+        )
+    return Rollout(
+        engine, packer, config.grpo, end_ids=end_ids, never_ids=never_ids, seed=config.seed, batch=config.rollout.batch
     )
 
 
@@ -138,5 +154,7 @@ def grpo_arguments(prepared: Prepared) -> GRPOConfig:
         beta=grpo.beta,
         num_iterations=grpo.iterations,
         mask_truncated_completions=grpo.mask_truncated,
+        # VESPO weighs whole completions by itself, and TRL wants its correction of vLLM's log-probabilities by token then.
+        vllm_importance_sampling_mode="token_mask" if grpo.loss == "vespo" else "sequence_mask",
         shuffle_dataset=False,
     )

@@ -29,13 +29,18 @@ COLLAPSE = ("entropy", "length", "repetition")
 """Alarms after which more steps mend nothing, as a rule; an earlier checkpoint does."""
 LOGPROB_GAP = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Nats between rollout and training, mean over tokens. Two bf16 passes in a different order are 0.03 to 0.05 apart."""
+MOST_LEFT_OUT = 0.5
+"""Share of completions that TRL's correction of vLLM's log-probabilities may leave out of the loss."""
 
 
 class Alarms:
     """Looks at every step; `look` returns what there is to say."""
 
-    def __init__(self, settings: Grpo, dtype: torch.dtype) -> None:
-        self._settings, self._most_gap = settings, LOGPROB_GAP[dtype]
+    def __init__(self, settings: Grpo, dtype: torch.dtype, *, vllm: bool = False) -> None:
+        """`vllm`: whether it writes the completions."""
+        self._settings, self._most_gap, self._vllm = settings, LOGPROB_GAP[dtype], vllm
+        self._agreed = False
+        """Whether rollout and training have found completions equally likely at some step."""
         self._recent: deque[GrpoStats] = deque(maxlen=IN_A_ROW)
         self._first: list[GrpoStats] = []
         self._ringing: set[str] = set()
@@ -47,7 +52,9 @@ class Alarms:
         if len(self._first) < IN_A_ROW:
             self._first.append(stats)
         sentences = []
-        for name, (rings, sentence) in self._alarms(stats).items():
+        alarms = self._alarms(stats)
+        self._agreed |= stats.logprob_gap is not None and stats.logprob_gap <= self._most_gap
+        for name, (rings, sentence) in alarms.items():
             if rings and name not in self._ringing:
                 self._rang.append(name)
                 sentences.append(f"Step {stats.step}: {sentence}")
@@ -88,11 +95,35 @@ class Alarms:
                 "back to an earlier checkpoint.",
             ),
             "logprobs": (
-                gap > self._most_gap,
+                not gap <= self._most_gap,  # vLLM may tell what is not a number
                 f"log-probabilities at rollout and in training are {gap:.3g} nats apart, more than {self._most_gap:g}: what is "
-                "learned from is not what was sampled. Please report this with the output of `lensmith env`.",
+                f"learned from is not what was sampled. {self._why_apart()}Please report this with the output of "
+                "`lensmith env`.",
+            ),
+            "stale weights": (
+                stats.stale,
+                "stale rollout weights: vLLM wrote these completions with other weights than those that train, so they are not "
+                "the policy's. Stop, set rollout.engine=builtin, and please report this with the output of `lensmith env`.",
+            ),
+            "left out": (
+                self._all(lambda step: (step.left_out or 0.0) > MOST_LEFT_OUT),
+                f"{stats.left_out or 0:.0%} of the completions are left out of the loss, because vLLM and training find them "
+                "too differently likely. Lower grpo.max_new_tokens, or set rollout.engine=builtin.",
             ),
         }
+
+    def _why_apart(self) -> str:
+        if not self._vllm:
+            return ""
+        if self._agreed:
+            return (
+                "They agreed at an earlier step, so vLLM's weights are stale: it no longer takes over what is trained. Set "
+                "rollout.engine=builtin. "
+            )
+        return (
+            "They never agreed, so vLLM computes another model or other pictures, or did not take the weights over. Set "
+            "rollout.engine=builtin. "
+        )
 
     def _all(self, holds: Callable[[GrpoStats], bool]) -> bool:
         return len(self._recent) == IN_A_ROW and all(map(holds, self._recent))

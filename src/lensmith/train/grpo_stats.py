@@ -66,9 +66,14 @@ class GrpoStats(StepStats):
     rollout_tokens_per_s: float
     policy_tokens_per_s: float
     logprob_gap: float | None
-    """Mean distance, in nats, of log-probabilities at rollout and in training; None where no fresh completion was learned."""
+    """Mean distance, in nats, of log-probabilities at rollout and in training; None where no fresh completion was learned, no
+    number where vLLM told none for some token."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Completions that a reward failed on, by its name; empty where none did."""
+    stale: bool = False
+    """Whether vLLM wrote the completions with other weights than those that train."""
+    left_out: float | None = None
+    """Share of completions that TRL leaves out of the loss because vLLM and training find them too differently likely."""
 
 
 class GrpoMeter:
@@ -86,6 +91,7 @@ class GrpoMeter:
         self._gaps: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._failures: dict[str, int] = {}
+        self._stale, self._left_out = False, None
 
     def judged(self, failures: Mapping[str, RewardFailure]) -> None:
         """What went wrong while a batch was judged."""
@@ -96,6 +102,10 @@ class GrpoMeter:
         """Log-probabilities of the same tokens, [rows, tokens], 0 where there is none. Nothing waits for the device."""
         self._gaps.append((trained - sampled.to(trained.dtype)).abs().sum())
         self._counts.append((sampled != 0).sum())
+
+    def answered(self, *, stale: bool, left_out: Tensor) -> None:
+        """What there is to know of completions by vLLM besides their log-probabilities."""
+        self._stale, self._left_out = stale, left_out
 
     def after_step(
         self, packs: Sequence[Pack], batch: Mapping[str, Any], completions: Sequence[Completion], *, seconds: float
@@ -147,6 +157,8 @@ class GrpoMeter:
             policy_tokens_per_s=self.tokens / self.policy_s if self.policy_s else 0.0,
             logprob_gap=sum(gap.item() for gap in self._gaps) / counts if counts else None,
             failures=self._failures,
+            stale=self._stale,
+            left_out=None if self._left_out is None else float(self._left_out),
         )
         self._start_anew()
         return found

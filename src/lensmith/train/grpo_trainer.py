@@ -3,6 +3,9 @@
     prompts ──> rollout ──> rewards ──> advantages ──> packs ──> loss ──> step
     ours        ours        ours        TRL            ours      TRL      transformers
 
+Completions come from our rollout, or from TRL's vLLM (`VllmRollout`), which is put in its place after TRL's constructor: TRL
+would build it from the trained model's own modules.
+
 What is overridden is pinned by tests/reference/test_grpo.py, which runs the stock trainer beside this one in float64.
 
 TRL hands padded batches around; here they carry one more entry, `row`, the number of each completion in the batch that it
@@ -38,6 +41,7 @@ from lensmith.train.recover import GradientGuard
 from lensmith.train.rewards import RewardBatch, RewardSet
 from lensmith.train.rollout import Rollout
 from lensmith.train.rounded import RoundedAdamW
+from lensmith.train.vllm_rollout import VllmRollout
 from lensmith.types import Pack
 
 SEQUENCE_MEANS = ("grpo", "dr_grpo", "sapo", "luspo")
@@ -59,7 +63,7 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
         order: Sequence[int],
         read: Callable[[int], Prompt],
         packer: GroupPacker,
-        rollout: Rollout,
+        rollout: Rollout | VllmRollout,
         rewards: RewardSet,
         groups: Sequence[dict[str, Any]],
         run: RunDir,
@@ -94,6 +98,9 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
         """The pack whose loss is being computed; None where all rows of a batch are wanted."""
         self._learns = True
         """Whether any completion of the step under way had something to learn from."""
+        if isinstance(rollout, VllmRollout):
+            self.vllm_generation = rollout.open(model, self.accelerator, processor)
+            self.use_vllm, self._last_loaded_step = True, -1
 
     # --- completions --------------------------------------------------------------------------------------------------
 
@@ -114,6 +121,8 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
         self._prompts = [prompts[number] for number in numbers]
         output = super()._generate_and_score_completions(inputs)
         output["row"] = torch.arange(len(inputs))
+        if self.use_vllm:
+            self._look_at_vllm(output)
         self.on_batch(
             Batch(
                 self.state.global_step + 1,
@@ -131,10 +140,29 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
     ) -> tuple[list[list[int]], list[list[float]]]:
+        if isinstance(self.rollout, VllmRollout):
+            return self._ask_vllm(self.rollout, prompt_ids, num_generations)
         first_of_each = [prompt.encoded for prompt in self._prompts[::num_generations]]
         groups = self.rollout.complete(first_of_each, num_generations, draw=self.state.global_step)
         self._completions = [completion for group in groups for completion in group]
         return [list(c.ids) for c in self._completions], [list(c.logprobs) for c in self._completions]
+
+    def _ask_vllm(self, rollout: VllmRollout, prompt_ids: list[list[int]], members: int) -> tuple[Any, Any]:
+        """By TRL, which hands over the weights where they have moved."""
+        started = time.perf_counter()
+        pictures = rollout.pictures([prompt.encoded for prompt in self._prompts])
+        ids, logprobs = super()._generate_single_turn(prompt_ids, pictures, {}, members)
+        self._completions = rollout.read(ids, logprobs)
+        rollout.cost.seconds += time.perf_counter() - started
+        rollout.cost.tokens += sum(map(len, ids))
+        return ids, logprobs
+
+    def _look_at_vllm(self, output: dict[str, Any]) -> None:
+        """TRL has computed the log-probabilities of all fresh completions again; before any step, so they should be equal."""
+        self._meter.compare(output["old_per_token_logps"], output["sampling_per_token_logps"])
+        self._meter.answered(
+            stale=self.vllm_generation.is_behind, left_out=(output["importance_sampling_ratio"] == 0).double().mean()
+        )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         texts = self.processing_class.tokenizer.batch_decode(completion_ids_list, skip_special_tokens=True)
@@ -174,7 +202,7 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
             index = tuple(index.to(logprobs.device, non_blocking=True).unbind(1))
             logprobs = logprobs.index_put(index, found)
             entropies = entropies.index_put(index, entropy)
-        if self._pack is not None:
+        if self._pack is not None and not self.use_vllm:
             self._meter.compare(logprobs.detach(), self._sampled)
         return logprobs, entropies, None
 

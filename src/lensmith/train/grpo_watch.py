@@ -25,7 +25,7 @@ class GrpoWatch:
         self.loss = float("nan")
         """Of the last step of this start."""
         self._run, self._say, self._progress = run, say, progress
-        self._alarms = Alarms(config.grpo, prepared.loaded.dtype)
+        self._alarms = Alarms(config.grpo, prepared.loaded.dtype, vllm=config.rollout.engine == "vllm")
         self.best = BestCheckpoint(run, config.save.keep)
         tokenizer = prepared.loaded.processor.tokenizer
         self.log = CompletionLog(run, config, tokenizer, say, total_steps=self.total_steps)

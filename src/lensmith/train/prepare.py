@@ -36,6 +36,7 @@ from lensmith.train.ranks import rank, refuse_data_parallel, world_size
 from lensmith.train.reward_set import RewardSet
 from lensmith.train.rewards import run_rewards
 from lensmith.train.selfcheck import check_packs
+from lensmith.train.vllm_ready import check_vllm, check_vllm_room
 from lensmith.types import counted
 
 GIB = 2**30
@@ -101,7 +102,11 @@ def prepare_run(config: RunConfig, say: Say, *, given: Given | None = None) -> P
     device = choose_device() if given.loaded is None else given.loaded.device
     processor = load_processor(config.model) if given.loaded is None else given.loaded.processor
     encoder = Encoder.from_processor(processor, config.data.image, config.data.video)
+    if config.task == "grpo":
+        check_vllm(config, device, processor)
     train, held_out = scan_rows(config, encoder, device, say)
+    if config.task == "grpo":
+        check_vllm_room(config, train, device)
     unsloth = config.engine == "unsloth"
     if device.type == "cuda" and not unsloth:
         say(_planned_memory(config, train, device))
