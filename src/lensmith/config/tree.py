@@ -241,7 +241,7 @@ class Grpo(Section):
     epsilon_high: Annotated[float, Field(gt=0)] | None = None
     """And this far above 1. Null: as epsilon."""
     beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the divergence from the model before training, which is the model without its adapter."""
+    """Weight of the divergence from the model as the run found it: with tune.start_from, the one that starts it."""
     iterations: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps on the same completions."""
     mask_truncated: bool = False

@@ -179,7 +179,7 @@ def grpo_rules(prefix: str = "", **changed: Any) -> tuple[Rule, ...]:
         one("grpo.scale_rewards", "scale_rewards", scale_of),
         one("grpo.epsilon", "epsilon"),
         one("grpo.epsilon_high", "epsilon_high"),
-        one("grpo.beta", "beta", note="The reference is the model without its adapter."),
+        one("grpo.beta", "beta", note="The reference is the model as the run found it."),
         one("grpo.iterations", "num_iterations"),
         one("grpo.mask_truncated", "mask_truncated_completions"),
         *vllm_rules(prefix),

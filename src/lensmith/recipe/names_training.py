@@ -166,7 +166,7 @@ GRPO: dict[str, Keyword] = {
     "off_policy_mask_threshold": refused(None, "Completions are written by the weights that learn from them."),
     "use_bias_correction_kl": refused(False, "The divergence is TRL's default."),
     "multi_objective_aggregation": refused("sum_then_normalize", "Rewards are summed by their weights."),
-    "sync_ref_model": refused(False, "The reference is the model without its adapter."),
+    "sync_ref_model": refused(False, "The reference is the model as the run found it."),
 }  # fmt: skip
 GRPO_ALONE = {
     "max_new_tokens": "max_completion_length",

@@ -184,7 +184,8 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
     ) -> tuple[Tensor, Tensor, None]:
         """Of the completion tokens, [rows, logits_to_keep], 0 where there is none; from packs, whatever TRL padded.
 
-        `model` is this trainer's own; as a reference it stands inside PEFT's disable_adapter().
+        `model` is this trainer's own; as a reference it stands inside PEFT's use_adapter(), with TRL's frozen
+        copy of the adapter as it was at the start.
         """
         if self._pack is not None:
             packs, rows = [self._pack], self._rows
@@ -202,7 +203,8 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
             index = tuple(index.to(logprobs.device, non_blocking=True).unbind(1))
             logprobs = logprobs.index_put(index, found)
             entropies = entropies.index_put(index, entropy)
-        if self._pack is not None and not self.use_vllm:
+        # Later iterations over the same completions differ by what the policy has moved since.
+        if self._pack is not None and not self.use_vllm and self.state.global_step % self.num_iterations == 0:
             self._meter.compare(logprobs.detach(), self._sampled)
         return logprobs, entropies, None
 
