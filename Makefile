@@ -4,8 +4,10 @@ UV_VERSION = 0.13.9
 STAMP = .venv/.synced
 COMPILED = .venv/.compiled
 BIN = .venv/bin
+UV_EXPORT = $(BIN)/uv export --frozen --quiet --no-emit-project --no-header --no-annotate
+OLDEST = .venv/oldest
 
-.PHONY: setup pip-sync demo test lint docs clean
+.PHONY: setup pip-sync demo test test-oldest lint docs clean
 
 setup: $(COMPILED)
 
@@ -29,15 +31,33 @@ $(STAMP): pyproject.toml uv.lock
 # The same versions by pip, for machines whose registry is named in pip's own settings, which uv does not read. pip writes
 # byte code by itself.
 pip-sync:
-	$(BIN)/uv export --frozen --quiet --no-emit-project --output-file .venv/requirements.txt
+	$(UV_EXPORT) --output-file .venv/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement .venv/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+
+# The group `oldest` of uv.lock, in a folder that stands before .venv on Python's path. Only what differs is installed, some
+# 200 MB, and torch is shared. Hashes are joined to their package's line, so that lines can be compared.
+$(OLDEST)/.synced: $(STAMP)
+	@rm -rf $(OLDEST) && mkdir $(OLDEST)
+	@$(UV_EXPORT) --output-file $(OLDEST)/newest.lines
+	@$(UV_EXPORT) --no-default-groups --group oldest --output-file $(OLDEST)/oldest.lines
+	@for set in newest oldest; do sed -e ':a' -e '/\\$$/N; s/ *\\\n */ /; ta' $(OLDEST)/$$set.lines > $(OLDEST)/$$set.txt; done
+	@grep -vxF -f $(OLDEST)/newest.txt $(OLDEST)/oldest.txt > $(OLDEST)/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(OLDEST) --no-deps --compile-bytecode \
+	  --requirement $(OLDEST)/requirements.txt || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST) --no-deps \
+	  --requirement $(OLDEST)/requirements.txt
+	@touch $@
 
 demo: setup
 	$(BIN)/lensmith demo
 
 test: setup
 	$(BIN)/pytest -m "not gpu"
+
+# What touches other libraries' insides, on the lowest versions that pyproject.toml allows.
+test-oldest: setup $(OLDEST)/.synced
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m "not gpu" --group oldest $(OLDEST_TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
