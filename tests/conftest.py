@@ -14,11 +14,14 @@ M-RoPE sections, two KV heads for four query heads, and norms and biases that ar
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from lensmith.model.versions import CHECKED, find_misfits, installed_versions
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,26 @@ TEXT_IDS = (5, 280)
 IMAGE_ID, VIDEO_ID, VISION_START_ID, VISION_END_ID = 290, 291, 292, 293
 PATCH_PX, MERGE, FRAMES = 16, 2, 2
 """As in every real Qwen3-VL."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--group", default="dev", help="pyproject.toml's group of versions that the tests must run with")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "versions: " + ", ".join(f"{name} {version}" for name, version in installed_versions(CHECKED).items())
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A set of versions that is not the one asked for would be tested twice and the other one never."""
+    name = session.config.getoption("--group")
+    pyproject = tomllib.loads((session.config.rootpath / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = [line for line in pyproject["dependency-groups"][name] if isinstance(line, str)]
+    for item in find_misfits(wanted, installed_versions(CHECKED)):
+        raise pytest.UsageError(
+            f"--group {name}: found {item.name} {item.installed}; pyproject.toml has {item.requirement}. "
+            f"Run them with: make test-{name}"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,23 @@ from lensmith.model.versions import (
 REQUIRED = ["transformers<5.24,>=5.17", "torch<2.16,>=2.11", "trackio>=9; extra == 'trackio'"]
 
 
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def test_the_ranges_are_those_of_pyproject():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    written = tomllib.loads(text)["project"]["dependencies"]
+    written = PYPROJECT["project"]["dependencies"]
     nothing_installed = dict.fromkeys(CHECKED)
     wanted = [item.requirement for item in find_misfits(written, nothing_installed)]
     assert len(wanted) == len(CHECKED)
     assert [item.requirement for item in find_misfits(own_requirements(), nothing_installed)] == wanted
+
+
+def test_the_oldest_set_is_inside_the_ranges_and_is_what_the_extra_unsloth_caps():
+    pins = dict(line.split("==") for line in PYPROJECT["dependency-groups"]["oldest"] if isinstance(line, str))
+    assert find_misfits(PYPROJECT["project"]["dependencies"], pins) == []
+    capped = PYPROJECT["project"]["optional-dependencies"]["unsloth"]
+    assert {"transformers", "trl", "datasets"} <= {item.name for item in find_misfits(capped, dict.fromkeys(pins))}
+    assert find_misfits(capped, pins) == []
 
 
 def test_what_these_tests_run_with_is_in_range():

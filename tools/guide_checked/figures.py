@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.table import read_results
+from packaging.version import Version
 
 from lensmith.cli import main as run_verb
 from lensmith.config.read import read_config
@@ -328,7 +329,10 @@ def _computed() -> dict[str, Figure]:
 
 
 def _versions() -> dict[str, Figure]:
-    """Of the packages whose names the guide uses, as uv.lock has them."""
+    """Of the packages whose names the guide uses, as uv.lock has them; the newest where it holds several sets."""
     lock = tomllib.loads(re.sub(r"(?m)^sdist = .*$", "", (REPOSITORY / "uv.lock").read_text(encoding="utf-8")))
-    locked = {package["name"]: package.get("version", "") for package in lock["package"]}
-    return {f"version.{name}": Figure(locked[name], ()) for name in ("trl", "transformers", "datasets")}
+    locked = [(package["name"], Version(package.get("version", "0"))) for package in lock["package"]]
+    return {
+        f"version.{name}": Figure(str(max(version for other, version in locked if other == name)), ())
+        for name in ("trl", "transformers", "datasets")
+    }
