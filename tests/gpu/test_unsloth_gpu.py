@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="needs Unsloth")
 
@@ -72,6 +73,14 @@ def test_both_engines_learn_the_same_from_the_same_config(trained):
     assert theirs[-1] < theirs[0] / 3
     before, after = (trained["unsloth"][name]["value"] for name in ("before", "after"))
     assert after > before
+
+
+def test_both_engines_adapt_the_same_linears(trained):
+    def names(engine: str) -> set[str]:
+        with safe_open(Path(trained[engine]["run"]) / "tuned" / "adapter_model.safetensors", "pt") as opened:
+            return set(opened.keys())
+
+    assert names("lensmith") == names("unsloth")
 
 
 def test_what_unsloth_trained_is_verified_by_the_same_checks(trained):

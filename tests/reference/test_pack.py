@@ -126,3 +126,13 @@ def test_plans_hold_every_sample_once_and_stay_under_the_budget(share_prefix):
     assert filled > (0.9 if not share_prefix else 1.0), (
         "sharing lays more than the budget's worth of samples into a pack"
     )
+
+
+def test_padded_packs_hold_their_rows_with_the_padding():
+    tokens = np.array([3000, *[200] * 32, 700, 650])
+    packs = plan_packs(tokens, np.zeros(35, int), np.arange(35), budget_tokens=8192, padded=True)
+    assert sorted(np.concatenate(packs)) == list(range(35))
+    assert max(len(pack) * tokens[pack].max() for pack in packs) <= 8192
+    assert len(packs) == 3
+    # A row over the budget still has a pack of its own.
+    assert min(map(len, plan_packs(tokens, np.zeros(35, int), np.arange(35), budget_tokens=2000, padded=True))) == 1

@@ -223,6 +223,7 @@ def test_an_override_without_a_value_says_how_to_write_it():
         (["grpo.group=4"], "grpo.group"),
         (["engine=unsloth", "memory.tower=host"], "memory.tower"),
         (["engine=unsloth", "memory.offload=none"], "memory.offload"),
+        (["engine=unsloth", "tune.method=qlora", "tune.quantise_vision=true"], "tune.quantise_vision"),
         (["task=grpo", "rollout.vllm_mode=server"], "rollout.vllm_mode"),
         (["task=grpo", "rollout.engine=builtin", "rollout.vllm_gpu_share=0.3"], "rollout.vllm_gpu_share"),
         (["task=grpo", "rollout.engine=vllm", "rollout.vllm_server=http://127.0.0.1:8000"], "rollout.vllm_server"),
@@ -268,7 +269,7 @@ def test_a_setting_without_effect_is_an_error_even_at_its_default(overrides, pat
             ["task=grpo", "tune.method=full", "optim.max_grad_norm=null", "optim.in_backward=true"],
             "but task=grpo takes several packs a step",
         ),
-        (["engine=unsloth", "task=grpo"], "engine is 'unsloth', but task=grpo takes its completions"),
+        (["engine=unsloth", "task=grpo"], "engine is 'unsloth', but task=grpo shares prompts in packs"),
         (
             ["task=grpo", "rollout.engine=vllm", "grpo.min_p=0.1"],
             "rollout.engine is 'vllm', but grpo.min_p=0.1: vLLM tells log-probabilities after that filter",

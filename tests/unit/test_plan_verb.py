@@ -364,3 +364,8 @@ def test_measure_runs_a_group_of_completions_behind_their_prompt(lensmith_plan):
     assert code == 0
     assert json.loads(out)["measured"]["step_s"] > 0
     assert "Measured on a CPU" in told
+
+
+def test_a_run_on_another_engine_is_not_planned_as_one_of_ours(capsys):
+    assert cli.main([*WITHOUT_DATA, "engine=unsloth", "--json"]) == 1
+    assert "Add engine=lensmith to the command" in json.loads(capsys.readouterr().out)["error"]

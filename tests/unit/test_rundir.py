@@ -160,6 +160,16 @@ def test_settings_that_do_not_change_past_steps_may_differ_and_are_told(run):
     assert run.check_same(RunConfig(run=run.path)) == []
 
 
+def test_a_run_that_asked_vllm_goes_on_with_the_built_in_engine(tmp_path):
+    """What the alarms of stale weights tell the user to do."""
+    settings = [f"run={tmp_path / 'run'}", "task=grpo", "data.train=rows.jsonl"]
+    run = RunDir(tmp_path / "run")
+    run.start(read_config(None, [*settings, "rollout.engine=vllm", "rollout.vllm_gpu_share=0.4"]), {})
+    save(run, 1)
+    told = run.check_same(read_config(None, [*settings, "rollout.engine=builtin"]))
+    assert told[0] == "rollout.engine was vllm and is now builtin."
+
+
 def test_settings_without_effect_do_not_make_another_run(tmp_path):
     config = read_config(None, ["tune.method=full", f"run={tmp_path / 'r'}"])
     run = RunDir(config.run)

@@ -273,6 +273,8 @@ def _rollouts_belong_to_grpo(config: RunConfig) -> Iterator[Problem]:
 
 def _vllm_settings_need_vllm(config: RunConfig) -> Iterator[Problem]:
     rollout = config.rollout
+    if config.task != "grpo":
+        return  # nothing of the section has an effect then, and another rule says so
     if rollout.engine != "vllm":
         for name in ("vllm_mode", "vllm_gpu_share", "vllm_server"):
             yield Problem(
@@ -357,6 +359,7 @@ def _what_unsloth_decides_itself(config: RunConfig) -> Iterator[Problem]:
     places = "keeps the whole model on the GPU, and the inputs of recomputed layers in host memory"
     for name in ("offload", "embedding", "head", "head_bits", "tower", "stream_layers", "vision_cache_gib"):
         yield Problem(f"memory.{name}", why.format(places))
+    yield Problem("tune.quantise_vision", why.format("chooses itself what it stores in few bits"))
     for name in ("share_prefix", "check_packs"):
         yield Problem(
             f"pack.{name}", why.format("knows no packs: each sample is a row of its own, padded to the longest")
@@ -367,7 +370,9 @@ def _what_unsloth_cannot_do(config: RunConfig) -> Iterator[Problem]:
     if config.engine != "unsloth":
         return
     if config.task == "grpo":
-        yield Problem("engine", "but task=grpo takes its completions from Lensmith's own engine. Set engine=lensmith.")
+        yield Problem(
+            "engine", "but task=grpo shares prompts in packs, which Unsloth does not know. Set engine=lensmith."
+        )
     if config.tune.method == "full":
         yield Problem(
             "engine", "but tune.method=full trains weights in bf16 by an optimizer of ours. Set engine=lensmith."

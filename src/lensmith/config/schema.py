@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lensmith.config.tree import OwnFunction, RunConfig
+from lensmith.config.tree import OwnFunction, RunConfig, ServerAddress
 
 BOUNDS: Mapping[type, tuple[str, str]] = {
     Gt: ("gt", "above"),
@@ -39,6 +39,7 @@ PLAIN_WORDS: Mapping[Any, str] = {
     type(None): "null",
     dict[str, Any]: "a mapping",
     OwnFunction: "a function as file.py:name",
+    ServerAddress: "an address such as http://127.0.0.1:8000, without a path",
 }
 
 

@@ -22,6 +22,7 @@ MetricName = Literal[
 ]  # fmt: skip
 OwnFunction = Annotated[str, StringConstraints(pattern=r"^.+\.py:\w+$")]
 """A function of a user's own."""
+ServerAddress = Annotated[str, StringConstraints(pattern=r"^https?://[^/]+/?$")]
 SidePx = Annotated[int, Field(ge=1)]
 
 
@@ -258,7 +259,7 @@ class Rollouts(Section):
     """vLLM in this process, on the same GPU; or `vllm serve` on other GPUs. docs/grpo.md has its command."""
     vllm_gpu_share: Share = 0.3
     """Of the GPU's memory that vLLM beside the training takes: its copy of the weights in 16 bits, keys and values."""
-    vllm_server: Annotated[str, StringConstraints(pattern=r"^https?://[^/]+$")] = "http://127.0.0.1:8000"
+    vllm_server: ServerAddress = "http://127.0.0.1:8000"
     """Where the server listens."""
     batch: Annotated[int, Field(ge=1)] | None = None
     """Completions that the built-in engine writes at the same time. Null: all of a step."""

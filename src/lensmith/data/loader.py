@@ -128,6 +128,7 @@ class StepDataset(Dataset[StepPacks]):
         video_token_id: int | None = None,
         budget_tokens: int,
         share_prefix: bool,
+        padded: bool = False,
         together: bool = True,
         pixel_dtype: torch.dtype = torch.float32,
         digest_pictures: bool = False,
@@ -137,6 +138,8 @@ class StepDataset(Dataset[StepPacks]):
         self.scan, self.plan, self.geometry = scan, plan, geometry
         self.image_token_id, self.video_token_id = image_token_id, video_token_id
         self.budget_tokens, self.share_prefix = budget_tokens, share_prefix
+        self.padded = padded
+        """Whether packs will be batches of padded rows (`plan_packs`)."""
         self.together, self.rank, self.world = together, rank, world
         # The tower rounds its input to its own type anyway; rounded here, half as many bytes are pinned and copied.
         self.pixel_dtype = pixel_dtype
@@ -178,6 +181,7 @@ class StepDataset(Dataset[StepPacks]):
                 self.scan.groups[samples],
                 budget_tokens=self.budget_tokens,
                 share_prefix=self.share_prefix,
+                padded=self.padded,
             )
         ]
         return self._share_out(packs)[self.rank]

@@ -141,8 +141,11 @@ def plan_packs(
     *,
     budget_tokens: int,
     share_prefix: bool = True,
+    padded: bool = False,
 ) -> list[Int[np.ndarray, " members"]]:
     """Which samples go together into packs of at most `budget_tokens`, by first fit, longest first.
+
+    `padded`: each sample counts as many tokens as the longest of its pack, because it will be a row of a batch.
 
     Samples of one group count their prefix once. A group larger than the budget is cut, its prefix counted again in each
     piece. A single sample over the budget gets a pack of its own: the scan has already dealt with such rows.
@@ -158,7 +161,7 @@ def plan_packs(
                 size, piece = prefix, []
             size, piece = size + own, [*piece, member]
         pieces.append((size, piece))
-    return _first_fit(pieces, budget_tokens)
+    return _first_fit(pieces, budget_tokens, padded)
 
 
 def _group_members(groups: np.ndarray, prefix_tokens: np.ndarray, share_prefix: bool) -> list[list[int]]:
@@ -168,17 +171,22 @@ def _group_members(groups: np.ndarray, prefix_tokens: np.ndarray, share_prefix: 
     return list(members.values())
 
 
-def _first_fit(pieces: list[tuple[int, list[int]]], budget_tokens: int) -> list[Int[np.ndarray, " members"]]:
+def _first_fit(
+    pieces: list[tuple[int, list[int]]], budget_tokens: int, padded: bool
+) -> list[Int[np.ndarray, " members"]]:
     room: list[int] = []
+    longest: list[int] = []
     packs: list[list[int]] = []
     for size, piece in sorted(pieces, key=lambda item: -item[0]):
-        slot = next((n for n, free in enumerate(room) if size <= free), None)
+        takes = (max(size, first) if padded else size for first in longest)
+        slot = next((n for n, (free, taken) in enumerate(zip(room, takes, strict=True)) if taken <= free), None)
         if slot is None:
             slot = len(packs)
             packs.append([])
             room.append(budget_tokens)
+            longest.append(size)
         packs[slot].extend(piece)
-        room[slot] -= size
+        room[slot] -= longest[slot] if padded else size
     return [np.array(pack) for pack in packs]
 
 

@@ -156,11 +156,15 @@ def trains_itself(name: str, tune: Tune) -> bool:
     return not language or not ((".self_attn." in name and not tune.attention) or (".mlp." in name and not tune.mlp))
 
 
+def lora_alpha(tune: Tune) -> float:
+    """tune.alpha, or what it is where it is not set."""
+    return tune.alpha if tune.alpha is not None else ALPHA_PER_RANK * tune.rank
+
+
 def _lora_config(tune: Tune, pattern: str) -> LoraConfig:
-    alpha = tune.alpha if tune.alpha is not None else ALPHA_PER_RANK * tune.rank
     return LoraConfig(
         r=tune.rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  PEFT divides it; fractions are fine
+        lora_alpha=lora_alpha(tune),  # pyright: ignore[reportArgumentType]  PEFT divides it; fractions are fine
         lora_dropout=tune.dropout,
         use_rslora=tune.rslora,
         use_dora=tune.dora,

@@ -46,10 +46,10 @@ def tower_warning(state: str) -> str:
     """What a tower that is not frozen costs, as was measured."""
     more, longer = TOWER_COST[state]
     return (
-        f"Warning: the image tower is {state}. It then runs forward and backward on every picture of every step, and its "
-        f"features can be neither kept nor shared: {more:.0%} more memory and {longer:.0%} longer steps, measured at 8B with "
-        "pictures of 700 tokens. Its own learning rate is a tenth of the decoder's (optim.vision_learning_rate). Leave it "
-        "frozen unless your pictures are of a kind it never saw."
+        f"Warning: the image tower is {state}. It then runs forward and backward in every step, and its features cannot be "
+        f"kept from one to the next: {more:.0%} more memory and {longer:.0%} longer steps, measured at 8B with pictures of "
+        "700 tokens. Where optim.vision_learning_rate is not set, it moves at a tenth of the decoder's. Leave it frozen "
+        "unless your pictures are of a kind it never saw."
     )
 
 

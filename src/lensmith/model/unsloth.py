@@ -73,9 +73,8 @@ def load_unsloth(config: RunConfig, *, device: torch.device, processor: Qwen3VLP
         use_exact_model_name=True,
     )
     model.name_or_path = config.model
-    # What the trainer asks an Engine for. Nothing more can be saved where a sample does not fit.
-    model.place, model.features, model.keeps_random = device, None, False
-    model.recompute, model.host_buffers = "layers", True
+    # What the trainer asks an Engine for.
+    model.place, model.features = device, None
     sentences = (
         f"{config.model}: {precision_sentence(dtype, config.precision, device)}",
         f"Unsloth {version(PACKAGE)} trains: its model, kernels and loss. Each sample is a row of its own, padded to the "
@@ -86,13 +85,13 @@ def load_unsloth(config: RunConfig, *, device: torch.device, processor: Qwen3VLP
 
 def adapt_unsloth(model: Any, config: RunConfig) -> nn.Module:
     """The PeftModel that Unsloth's get_peft_model makes, with adapters on just the linears that `config.tune` names."""
-    from lensmith.model.adapters import ALPHA_PER_RANK, adapted_modules, start_from
+    from lensmith.model.adapters import adapted_modules, lora_alpha, start_from
 
     tune: Tune = config.tune
     tuned = import_unsloth().FastVisionModel.get_peft_model(
         model,
         r=tune.rank,
-        lora_alpha=tune.alpha if tune.alpha is not None else ALPHA_PER_RANK * tune.rank,
+        lora_alpha=lora_alpha(tune),
         lora_dropout=tune.dropout,
         bias="none",
         target_modules=adapted_modules(tune),

@@ -66,6 +66,11 @@ def ask_plan(config: RunConfig, question: Question, say: Say) -> Plan:
 
     Raises LensmithError children for whatever the user can mend.
     """
+    if config.engine != "lensmith":
+        raise ConfigError(
+            f"engine={config.engine}: a plan is of Lensmith's engine, whose memory and time are known. Add engine=lensmith to "
+            "the command to plan the same run with it."
+        )
     card = _choose_card(question)
     answer = _answer(config, question, say)
     if card is None:

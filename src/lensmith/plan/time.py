@@ -18,6 +18,7 @@ from lensmith.plan.activations import Pass
 from lensmith.plan.cards import Card
 from lensmith.plan.coefficients import Coefficients, load_coefficients
 from lensmith.plan.facts import ModelFacts
+from lensmith.plan.memory import UPDATED_TOGETHER
 from lensmith.plan.weights import (
     ADAPTER_BYTES,
     layer_bytes,
@@ -37,8 +38,6 @@ BACKWARD_LAUNCHES = 2
 ROUNDED_BYTES = 70
 """Read and written per bf16 weight that trains: weight, gradient, two states, and their fp32 copies from step to step of
 lensmith.train.rounded."""
-ROUNDED_PIECE = 2**24
-"""Numbers that it updates together."""
 TENSORS: Mapping[Component, int] = {"language": 11, "vision": 12, "merger": 6}
 """Of a decoder layer (seven linears, four norms), a block of the tower (four linears and two norms, with biases), a merger."""
 LAUNCHES = "launching kernels"
@@ -187,7 +186,7 @@ class _Clock:
             "merger": facts.tower.levels + 1,
         }
         tensors = sum(count * TENSORS[part] for part, count in repeats.items() if states[part] == "trained")
-        return tensors + trainable(facts, self.sizes.config).weights // ROUNDED_PIECE
+        return tensors + trainable(facts, self.sizes.config).weights // UPDATED_TOGETHER
 
     # --- copies -------------------------------------------------------------------------------------------------------
 

@@ -121,8 +121,8 @@ class Alarms:
                 "rollout.engine=builtin. "
             )
         return (
-            "They never agreed, so vLLM computes another model or other pictures, or did not take the weights over. Set "
-            "rollout.engine=builtin. "
+            "They have not agreed since this start, so vLLM computes another model or other pictures, or did not take the "
+            "weights over. Set rollout.engine=builtin. "
         )
 
     def _all(self, holds: Callable[[GrpoStats], bool]) -> bool:

@@ -160,9 +160,10 @@ class GRPOTrainer(RunFolderLoop, grpo_trainer.GRPOTrainer):
     def _look_at_vllm(self, output: dict[str, Any]) -> None:
         """TRL has computed the log-probabilities of all fresh completions again; before any step, so they should be equal."""
         self._meter.compare(output["old_per_token_logps"], output["sampling_per_token_logps"])
-        self._meter.answered(
-            stale=self.vllm_generation.is_behind, left_out=(output["importance_sampling_ratio"] == 0).double().mean()
-        )
+        ratio, mask = output["importance_sampling_ratio"], output["completion_mask"].bool()
+        # One ratio a completion, or one a token, with 1 for padding.
+        ratio = ratio[mask] if ratio.shape == mask.shape else ratio
+        self._meter.answered(stale=self.vllm_generation.is_behind, left_out=(ratio == 0).double().mean())
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         texts = self.processing_class.tokenizer.batch_decode(completion_ids_list, skip_special_tokens=True)

@@ -29,9 +29,9 @@ from lensmith.types import IGNORE, Pack, counted
 
 GIB = 2**30
 
-Remedy = Literal["split", "recompute", "too_large", "weights_moved"]
-"""The pack cut in two; all layers recomputed, with their inputs in host memory; and two ends: nothing left to try, and
-nothing that could be tried."""
+Remedy = Literal["split", "recompute", "too_large", "others", "weights_moved"]
+"""The pack cut in two; all layers recomputed, with their inputs in host memory; and three ends: nothing left to try, nothing
+of ours to try on another engine, and nothing that could be tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,12 @@ class Shortage:
                     "data.image.max_tokens, set pack.tokens below the row's and data.on_long=shrink or drop, or take "
                     "tune.method=qlora or a smaller model; `lensmith plan` says what fits."
                 )
+            case "others":
+                return (
+                    f"{self.largest_row}: step {self.step}: GPU memory ran out{room} in this row alone, which has "
+                    f"{counted(self.tokens, 'token')}. With engine=unsloth, set memory.recompute=layers if it is none, lower "
+                    "data.image.max_tokens, or take tune.method=qlora; engine=lensmith can keep parts in host memory as well."
+                )
             case "weights_moved":
                 return (
                     f"{self.largest_row}: step {self.step}: GPU memory ran out{room} in {pack}. With optim.in_backward=true "
@@ -92,9 +98,18 @@ class MemoryGuard:
     """Takes the steps of a run, in smaller packs where it has to; with several processes all agree after each attempt."""
 
     def __init__(
-        self, engine: Engine, run: RunDir, say: Callable[[str], None], *, budget_tokens: int, in_backward: bool = False
+        self,
+        engine: Engine,
+        run: RunDir,
+        say: Callable[[str], None],
+        *,
+        budget_tokens: int,
+        in_backward: bool = False,
+        ours: bool = True,
     ) -> None:
-        """`budget_tokens`: most tokens of the packs that will come; `in_backward`: weights move in the backward pass."""
+        """`budget_tokens`: most tokens of the packs that will come; `in_backward`: weights move in the backward pass; `ours`:
+        whether the engine has savings that can be turned on."""
+        self.ours = ours
         self.engine, self.run, self.say, self.in_backward = engine, run, say, in_backward
         self.budget_tokens = budget_tokens
         """Larger packs are cut before they are tried."""
@@ -161,6 +176,8 @@ class MemoryGuard:
             return "weights_moved"
         if failed.num_samples > 1:
             return "split"
+        if not self.ours:
+            return "others"
         spared = self.engine.recompute == "layers" and self.engine.host_buffers is not None
         return "too_large" if spared else "recompute"
 
@@ -168,7 +185,7 @@ class MemoryGuard:
         """What ran out in this attempt, over all processes, and said; raises RunError in all of them where one gives up."""
         found = [event for event in gather_values(shortage) if event is not None]
         for event in found:
-            if event.remedy in ("too_large", "weights_moved"):
+            if event.remedy in ("too_large", "others", "weights_moved"):
                 self._record([*earlier, *found])
                 raise RunError(event.sentence())
             self.say(event.sentence())

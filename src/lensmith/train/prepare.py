@@ -88,6 +88,11 @@ def prepare_run(config: RunConfig, say: Say, *, given: Given | None = None) -> P
     check_versions()
     check_tune(config.tune)
     if config.engine == "unsloth":
+        if given is not None and given.loaded is not None:
+            raise ConfigError(
+                "engine=unsloth: the model given here was loaded by Lensmith's engine. Leave engine out, or start the run by "
+                "`lensmith train`, which loads Unsloth's."
+            )
         import_unsloth()
     given, rewards = given or Given(), None
     if config.task == "grpo":
@@ -243,6 +248,7 @@ def _plan(config: RunConfig, loaded: Loaded, encoder: Encoder, scan: Scan, say: 
         video_token_id=loaded.model.config.video_token_id,
         budget_tokens=config.pack.tokens or PACK_TOKENS[loaded.device.type],
         share_prefix=share_prefix,
+        padded=config.engine == "unsloth",
         together=config.pack.together,
         pixel_dtype=loaded.dtype,
         digest_pictures=config.memory.vision_cache_gib is not None,

@@ -161,6 +161,7 @@ def _build_trainer(
             say,
             budget_tokens=prepared.dataset.budget_tokens,
             in_backward=config.optim.in_backward,
+            ours=config.engine == "lensmith",
         ),
         on_stats=on_stats,
         callbacks=callbacks,

@@ -61,7 +61,7 @@ def check_vllm_room(config: RunConfig, train: Scan, device: torch.device) -> Non
         )
     longest = longest_sequence(config, train)
     if _is_server(config):
-        (served,) = _get_json(config, "/v1/models")["data"][:1]
+        served = _served(config)
         if (most := served.get("max_model_len")) is not None and most < longest:
             raise ConfigError(
                 f"rollout.vllm_server={config.rollout.vllm_server}: serves {most:,} tokens at most, and the longest row with "
@@ -135,6 +135,17 @@ def _check_server(config: RunConfig, device: torch.device, processor: Any) -> No
         )
 
 
+def _served(config: RunConfig) -> dict[str, Any]:
+    """What the server says of the model that it serves."""
+    try:
+        return _get_json(config, "/v1/models")["data"][0]
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as cause:
+        raise ConfigError(
+            f"rollout.vllm_server={config.rollout.vllm_server}: does not say which model it serves ({cause}). See whether it "
+            f"still runs, or {BUILTIN}."
+        ) from cause
+
+
 def _check_share(config: RunConfig, longest: int, gib: float) -> None:
     facts, share = read_facts(config.model), config.rollout.vllm_gpu_share
     need_gib = (2 * facts.num_parameters + longest * facts.layers * 2 * facts.key_width * 2) / GIB
@@ -149,7 +160,7 @@ def _check_share(config: RunConfig, longest: int, gib: float) -> None:
 
 def _open(config: RunConfig, path: str) -> bytes:
     with urllib.request.urlopen(
-        config.rollout.vllm_server + path, timeout=ANSWER_S
+        config.rollout.vllm_server.rstrip("/") + path, timeout=ANSWER_S
     ) as answer:  # http(s), by the config
         return answer.read()
 

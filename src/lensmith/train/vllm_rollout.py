@@ -68,7 +68,7 @@ class VllmRollout:
             accelerator=accelerator,
             processing_class=processor,
             mode=rollout.vllm_mode,
-            server_base_url=rollout.vllm_server,
+            server_base_url=rollout.vllm_server.rstrip("/"),
             gpu_memory_utilization=rollout.vllm_gpu_share,
             max_model_length=self.longest_tokens,
             max_num_seqs=self.config.optim.effective_samples,
