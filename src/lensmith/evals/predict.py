@@ -231,6 +231,7 @@ def greedy_settings(model: Any, tokenizer: Any, end_token_id: int, max_new_token
         top_k=50,  # with temperature and top_p transformers' own defaults, which greedy decoding accepts without a warning
         repetition_penalty=1.0,
         use_cache=True,
+        disable_compile=True,  # Unsloth takes a static cache, for which transformers compiles each shape anew: minutes
         eos_token_id=sorted(end_ids),
         pad_token_id=end_token_id,
         suppress_tokens=[vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary],
