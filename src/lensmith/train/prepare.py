@@ -36,7 +36,7 @@ from lensmith.train.ranks import rank, refuse_data_parallel, world_size
 from lensmith.train.reward_set import RewardSet
 from lensmith.train.rewards import run_rewards
 from lensmith.train.selfcheck import check_packs
-from lensmith.train.vllm_ready import check_vllm, check_vllm_room
+from lensmith.train.vllm_ready import check_vllm, check_vllm_installed, check_vllm_room
 from lensmith.types import counted
 
 GIB = 2**30
@@ -98,6 +98,7 @@ def prepare_run(config: RunConfig, say: Say, *, given: Given | None = None) -> P
     if config.task == "grpo":
         # A name that is not there is known before gigabytes of weights are read.
         rewards = given.rewards or run_rewards(config)
+        check_vllm_installed(config)
         config = _with_default_rate(config)
     refuse_data_parallel()
     let_segments_grow()

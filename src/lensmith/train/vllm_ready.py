@@ -31,16 +31,21 @@ LOGPROBS_MODE = "processed_logprobs"
 """vLLM's word for log-probabilities at the sampling temperature, which is what training computes."""
 
 
-def check_vllm(config: RunConfig, device: torch.device, processor: Any) -> None:
-    """Raises ConfigError where rollout.engine=vllm and vLLM is not here, or its server does not do what is needed."""
-    if config.rollout.engine != "vllm":
-        return
-    if importlib.util.find_spec("vllm") is None:
+def check_vllm_installed(config: RunConfig) -> None:
+    """Raises ConfigError where rollout.engine=vllm and vLLM is not here: before a run folder is made."""
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         also = " (TRL's client of a server needs it too)" if _is_server(config) else ""
         raise ConfigError(
             f"rollout.engine=vllm, rollout.vllm_mode={config.rollout.vllm_mode}: vLLM is not installed in this "
             f'environment{also}. pip install "lensmith[vllm]", or {BUILTIN}.'
         )
+
+
+def check_vllm(config: RunConfig, device: torch.device, processor: Any) -> None:
+    """Raises ConfigError where rollout.engine=vllm and the model, or the server, does not do for it."""
+    if config.rollout.engine != "vllm":
+        return
+    check_vllm_installed(config)
     if is_quantised_checkpoint(read_architecture(config.model)):
         raise ConfigError(
             f"rollout.engine=vllm, model={config.model}: stored in 4 bits, and vLLM is handed weights of 16. Name the 16-bit "
