@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 from lensmith.model.attention import Form, Layout, Run, attend_backward, attend_by_hand, build_layout, segment_runs
 from lensmith.model.cascade import ASKED_US, COPIED_US, FIXED_US, Cascade, count_shared
 from lensmith.types import Segment
-from record import make_record
+from record import keep_record, make_record
 
 FORMS: tuple[Form, Form] = ("concatenated", "cascade")
 FIRST = [(2500, 64, 16, 1), (1000, 200, 8, 1), (1000, 200, 8, 2), (300, 1000, 8, 1)]
@@ -215,10 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         solved=solved,
         shapes=rows,
     )
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    else:
-        print(json.dumps(record, indent=2))
+    keep_record(record, options.out)
 
 
 if __name__ == "__main__":

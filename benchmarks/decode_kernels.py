@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import multiprocessing
 import statistics
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from record import make_record
+from record import keep_record, make_record
 
 BANDWIDTH = 3.0e12
 """Bytes per second that an H100 SXM reads at best: 3.35e12 on paper."""
@@ -228,10 +227,7 @@ def main() -> None:
         us_per_call=rows,
         attention_us=attention,
     )
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    else:
-        print(json.dumps(record, indent=2))
+    keep_record(record, options.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import time
@@ -28,6 +29,15 @@ def make_record(
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def keep_record(record: dict[str, Any], out: Path | None) -> None:
+    """Into the file, or to the terminal where none is named."""
+    text = json.dumps(record, indent=2)
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
 
 
 def describe_cpu() -> str:

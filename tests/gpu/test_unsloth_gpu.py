@@ -17,7 +17,10 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="needs Unsloth")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("unsloth") is None,
+    reason="Unsloth is not installed here (extra unsloth); what can be known without it is in tests/unit/test_unsloth.py",
+)
 
 STEPS = 60
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")

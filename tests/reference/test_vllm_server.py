@@ -28,7 +28,7 @@ from lensmith.errors import ConfigError, RunError
 from lensmith.model.names import resolve_model
 from lensmith.train import vllm_ready
 from lensmith.train.grpo_stats import GrpoStats
-from lensmith.train.vllm_ready import check_vllm, check_vllm_room, serve_command, vllm_sentence
+from lensmith.train.vllm_ready import check_vllm, check_vllm_installed, check_vllm_room, serve_command, vllm_sentence
 
 CUDA = torch.device("cuda")
 INFO: dict[str, Any] = {
@@ -223,10 +223,10 @@ def test_a_server_too_short_for_the_longest_row_says_both_lengths(server):
         check_vllm_room(config_of(server), train, CUDA)  # type: ignore[arg-type]
 
 
-def test_without_vllm_the_run_ends_before_anything_is_loaded(processor):
+def test_without_vllm_the_run_ends_before_anything_is_loaded():
     config = read_config(None, ["task=grpo", "rollout.engine=vllm"])
     with pytest.raises(ConfigError) as caught:
-        check_vllm(config, torch.device("cpu"), processor)
+        check_vllm_installed(config)
     assert str(caught.value) == (
         "rollout.engine=vllm, rollout.vllm_mode=colocate: vLLM is not installed in this environment. "
         'pip install "lensmith[vllm]", or set rollout.engine=builtin, which needs no second copy of the weights.'

@@ -251,4 +251,9 @@ def vllm_server(address: Any, host: Any, port: Any, mode: Any, use: Any) -> Any:
     if not use or mode != "server":
         return Without("Goes with a vLLM server.", matters=False)
     first = [one[0] if isinstance(one, list) else one for one in (address, host, port)]
-    return first[0] or f"http://{'127.0.0.1' if first[1] == '0.0.0.0' else first[1]}:{first[2]}"
+    return first[0] or server_address(*first[1:])
+
+
+def server_address(host: str, port: int) -> str:
+    """0.0.0.0 is where a server listens; who asks it from the same machine says 127.0.0.1."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"

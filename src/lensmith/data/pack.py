@@ -178,7 +178,7 @@ def _first_fit(
     longest: list[int] = []
     packs: list[list[int]] = []
     for size, piece in sorted(pieces, key=lambda item: -item[0]):
-        takes = (max(size, first) if padded else size for first in longest)
+        takes = longest if padded else [size] * len(room)
         slot = next((n for n, (free, taken) in enumerate(zip(room, takes, strict=True)) if taken <= free), None)
         if slot is None:
             slot = len(packs)

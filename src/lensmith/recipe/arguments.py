@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lensmith.convert.meaning import server_address
 from lensmith.errors import ConfigError
 from lensmith.model.load import Loaded
 from lensmith.recipe.keywords import Keyword, read_keywords
@@ -271,11 +272,6 @@ def _vllm(args: GRPOConfig) -> Settings:
         share = args.vllm_gpu_memory_utilization
         settings["rollout.vllm_gpu_share"] = args.wanted("vllm_gpu_memory_utilization", share)
     return settings
-
-
-def server_address(host: str, port: int) -> str:
-    """0.0.0.0 is where a server listens; who asks it from the same machine says 127.0.0.1."""
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 def precision_remarks(args: Arguments, loaded: Loaded) -> list[str]:

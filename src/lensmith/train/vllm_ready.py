@@ -45,7 +45,6 @@ def check_vllm(config: RunConfig, device: torch.device, processor: Any) -> None:
     """Raises ConfigError where rollout.engine=vllm and the model, or the server, does not do for it."""
     if config.rollout.engine != "vllm":
         return
-    check_vllm_installed(config)
     if is_quantised_checkpoint(read_architecture(config.model)):
         raise ConfigError(
             f"rollout.engine=vllm, model={config.model}: stored in 4 bits, and vLLM is handed weights of 16. Name the 16-bit "
