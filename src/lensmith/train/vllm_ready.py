@@ -18,10 +18,10 @@ from lensmith.model.names import read_architecture
 from lensmith.model.quant import is_quantised_checkpoint
 from lensmith.plan.facts import read_facts
 from lensmith.train.grpo_alarms import LOGPROB_GAP
-from lensmith.train.vllm_rollout import picture_limits
 
 if TYPE_CHECKING:
     from lensmith.data.scan import Scan
+    from lensmith.types import VisionGeometry
 
 GIB = 2**30
 ANSWER_S = 10.0
@@ -99,6 +99,14 @@ def vllm_sentence(config: RunConfig, dtype: torch.dtype) -> str:
         f"training's at every step, the first included, and over {gap:g} nats a token apart rings an alarm. What it draws is "
         "not the same again after a resume."
     )
+
+
+def picture_limits(config: RunConfig, geometry: VisionGeometry) -> dict[str, Any]:
+    """Arguments of the image processor under which a picture that training has resized is not resized again."""
+    sources = config.data.train if isinstance(config.data.train, list) else []
+    limits = [config.data.image, *(source.image for source in sources if source.image is not None)]
+    area = geometry.token_px**2  # areas, despite the names
+    return {"size": {"shortest_edge": area, "longest_edge": max(limit.max_tokens for limit in limits) * area}}
 
 
 def serve_command(config: RunConfig, processor: Any) -> str:

@@ -31,6 +31,7 @@ from lensmith.errors import RunError
 from lensmith.model.decode import Completion
 from lensmith.model.names import resolve_model
 from lensmith.train.rollout import RolloutCost
+from lensmith.train.vllm_ready import picture_limits
 from lensmith.train.vllm_weights import merged_tensors
 from lensmith.types import Encoded, VisionGeometry
 
@@ -115,14 +116,6 @@ class VllmRollout:
             )
             for one, probs in zip(ids, logprobs, strict=True)
         ]
-
-
-def picture_limits(config: RunConfig, geometry: VisionGeometry) -> dict[str, Any]:
-    """Arguments of the image processor under which a picture that training has resized is not resized again."""
-    sources = config.data.train if isinstance(config.data.train, list) else []
-    limits = [config.data.image, *(source.image for source in sources if source.image is not None)]
-    area = geometry.token_px**2  # areas, despite the names
-    return {"size": {"shortest_edge": area, "longest_edge": max(limit.max_tokens for limit in limits) * area}}
 
 
 class SyncedVllm(VLLMGeneration):
